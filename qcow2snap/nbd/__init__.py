@@ -1,0 +1,1 @@
+"""The NBD protocol, both sides of it: exports, negotiation, transmission, server, client."""

@@ -1,0 +1,119 @@
+"""What a server offers: exports, and the names that the snapshots of an image get. No protocol and no driver.
+
+Two rules make a name safe to look up: it means one thing or nothing, and it is never guessed at. The prefixes `id=` and
+`vmstate:` are ours; a snapshot whose own name begins with one of them is shown by its id, so that no name in an image
+can take the place of another snapshot's id or VM state.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+
+from qcow2snap.block.node import BlockNode, SnapshotAccess, SnapshotInfo, SnapshotNotFound
+from qcow2snap.block.snapshot_access import SnapshotAccessNode
+from qcow2snap.nbd.strings import is_string
+
+logger = logging.getLogger(__name__)
+
+ID_PREFIX = "id="
+VM_STATE_PREFIX = "vmstate:"
+
+
+@dataclass(frozen=True)
+class Export:
+    """One thing to be read over NBD.
+
+    name      as LIST shows it; "" is the default export
+    open      gives the node; called when a client first asks, so that what is damaged fails alone
+    threads   any, at any time
+    owns      nothing: whoever made the image's node closes it, and with it what `open` gave
+    """
+
+    name: str
+    open: Callable[[], BlockNode]
+    description: str = ""
+    preferred_block_size: int = 4096  # bytes, a power of 2
+
+    @cached_property
+    def node(self) -> BlockNode:
+        return self.open()
+
+
+class Exports:
+    """All exports of a server, in the order of LIST, and the further names that they answer to. Immutable."""
+
+    def __init__(self, listed: Iterable[Export], aliases: Iterable[tuple[str, Export]] = ()) -> None:
+        self._listed = tuple(listed)
+        self._by_name = dict(aliases) | {export.name: export for export in self._listed}
+
+    def __iter__(self) -> Iterator[Export]:
+        return iter(self._listed)
+
+    def __len__(self) -> int:
+        return len(self._listed)
+
+    def find(self, name: str) -> Export | None:
+        """The export of exactly this name."""
+        return self._by_name.get(name)
+
+
+def exports_of(image: BlockNode, *, snapshot: str | None = None, active: bool = True) -> Exports:
+    """The exports of an image: its active disk as the default one, and each snapshot and VM state under its name.
+
+    `snapshot` (NAME, id=ID or both) makes that one the default export, and the only one. Without `active` there is no
+    default export: the disk of an image in use changes while it is read. A snapshot whose name and id are both another
+    one's too cannot be told from it: it is left out, and the log says so.
+    """
+    if snapshot is not None:
+        if not isinstance(image, SnapshotAccess):
+            raise SnapshotNotFound(f'there is no snapshot "{snapshot}": this format has none')
+        return Exports([_disk(image, image.find_snapshot(snapshot), "")])
+    listed = [Export("", lambda: image, "active disk")] if active else []
+    aliases: list[tuple[str, Export]] = []
+    if isinstance(image, SnapshotAccess):
+        snapshots = image.snapshots()
+        for info, names in _named(snapshots):
+            if not names:
+                logger.warning("snapshot %a shares its name and its id with others: not exported", str(info))
+                continue
+            listed.append(_disk(image, info, names[0]))
+            aliases += [(name, listed[-1]) for name in names]
+        for info, names in _named(snapshots, VM_STATE_PREFIX):
+            if info.vm_state_size > 0 and names:
+                listed.append(_vm_state(image, info, names[0]))
+                aliases += [(name, listed[-1]) for name in names]
+    return Exports(listed, aliases)
+
+
+def _named(snapshots: Sequence[SnapshotInfo], prefix: str = "") -> Iterator[tuple[SnapshotInfo, list[str]]]:
+    """Each snapshot with the names that are its alone, the one to show first."""
+    names = Counter(info.name for info in snapshots)
+    ids = Counter(info.id for info in snapshots)
+    for info in snapshots:
+        own = []
+        if info.name and names[info.name] == 1 and not info.name.startswith((ID_PREFIX, VM_STATE_PREFIX)):
+            own.append(prefix + info.name)
+        if ids[info.id] == 1:
+            own.append(prefix + ID_PREFIX + info.id)
+        yield info, [name for name in own if is_string(name)]
+
+
+def _disk(image: SnapshotAccess, info: SnapshotInfo, name: str) -> Export:
+    return Export(name, lambda: SnapshotAccessNode(image, info), f"disk of {_described(info)}, {info.size} bytes")
+
+
+def _vm_state(image: SnapshotAccess, info: SnapshotInfo, name: str) -> Export:
+    description = f"VM state of {_described(info)}, {info.vm_state_size} bytes"
+    return Export(name, lambda: image.vm_state(info), description)
+
+
+def _described(info: SnapshotInfo) -> str:
+    """For a human being, from a table that anybody may have written: short, and printable UTF-8."""
+    date = datetime.fromtimestamp(info.date_sec, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")  # 32 bits: always a date
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(info)[:256])
+    return f"snapshot {text} of {date}"
