@@ -1,0 +1,141 @@
+"""A regular file or block device of the host as a node. Opened read-only; knows nothing of what is in it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from enum import Enum
+
+from qcow2snap.block.image_lock import lock_for_reading
+from qcow2snap.block.node import BlockNode, Buffer, Extent, FileError, Status
+
+_IOV_MAX = 1024  # buffers that one preadv takes
+
+
+class Locking(Enum):
+    """Which of QEMU's image locks a file is opened with."""
+
+    NONE = "none"  # -U/--force-share
+    METADATA = "metadata"  # nobody may write meanwhile
+    DATA = "data"  # nor forbid reading
+
+
+class FileNode(BlockNode):
+    """A file of the host.
+
+    size     bytes, when it was opened; what has grown since can be read with pread_available
+    stable   we hold QEMU's lock, so nobody that honours it writes; pages may be handed on by reference
+    errors   FileError; ImageInUse when opened
+    """
+
+    def __init__(self, filename: str, *, locking: Locking = Locking.DATA) -> None:
+        self.filename = filename
+        self._fd = _open(filename)
+        try:
+            status = os.fstat(self._fd)
+            self.identity = (status.st_dev, status.st_ino)
+            self.is_block_device = stat.S_ISBLK(status.st_mode)
+            if not (stat.S_ISREG(status.st_mode) or self.is_block_device):
+                kind = "a directory" if stat.S_ISDIR(status.st_mode) else "no regular file or block device"
+                raise FileError(f"{filename}: is {kind}; give a disk image")
+            self.size = self.current_size()
+            self.stable = locking is not Locking.NONE and lock_for_reading(
+                self._fd, filename, data=locking is Locking.DATA
+            )
+        except OSError as error:
+            os.close(self._fd)
+            raise _file_error(filename, error) from None
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def current_size(self) -> int:
+        """Bytes that the file has now; an image in use may have grown since it was opened."""
+        return os.lseek(self._fd, 0, os.SEEK_END) if self.is_block_device else os.fstat(self._fd).st_size
+
+    def allocated_size(self) -> int:
+        """Bytes that the file takes on its file system."""
+        return os.fstat(self._fd).st_blocks * 512
+
+    def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self.check_range(offset, sum(map(len, buffers)))
+        missing = self.preadv_available(offset, buffers)
+        if missing:
+            raise FileError(f"{self.filename}: {missing} bytes are missing; the file was cut while it was read")
+
+    def preadv_available(self, offset: int, buffers: Sequence[Buffer]) -> int:
+        """Fill the buffers as far as the file reaches, the rest with zeros; returns the number of these zeros."""
+        views = [view for view in map(memoryview, buffers) if view]
+        while views:
+            try:
+                count = os.preadv(self._fd, views[:_IOV_MAX], offset)
+            except OSError as error:
+                raise _file_error(f"{self.filename}: read at byte {offset:#x}", error) from None
+            if count == 0:
+                break
+            offset += count
+            while count:
+                taken = min(count, len(views[0]))
+                views[0] = views[0][taken:]
+                count -= taken
+                if not views[0]:
+                    del views[0]
+        for view in views:
+            view[:] = bytes(len(view))
+        return sum(map(len, views))
+
+    def pread_available(self, offset: int, length: int) -> bytes:
+        """Up to `length` bytes at `offset`, fewer where the file ends. Allocates no more than there is."""
+        length = min(length, max(0, self.current_size() - offset))
+        if length <= 0:
+            return b""
+        buffer = bytearray(length)
+        missing = self.preadv_available(offset, [buffer])
+        return bytes(buffer[: length - missing])
+
+    def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Iterator[Extent]:
+        """Holes of the file as zeros, found with SEEK_DATA where it has that (QEMU raw_co_block_status)."""
+        self.check_range(offset, length)
+        end = offset + length
+        while offset < end:
+            is_hole, stop = self.hole_or_data(offset) if want_zero else (False, end)
+            stop = min(stop, end)
+            status = (Status.ZERO if is_hole else Status.DATA) | Status.ALLOCATED
+            yield Extent(offset, stop - offset, status, 0, self, offset)
+            offset = stop
+
+    def hole_or_data(self, offset: int) -> tuple[bool, int]:
+        """Whether `offset` is in a hole of the file, and where that hole or data ends. Past the end is a hole."""
+        try:
+            data = os.lseek(self._fd, offset, os.SEEK_DATA)
+            if data > offset:
+                return True, data
+            return False, os.lseek(self._fd, offset, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return True, max(self.current_size(), offset + 1) if offset < self.size else 1 << 63
+            return False, 1 << 63  # no such call here: it is all data
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _open(filename: str) -> int:
+    try:
+        # Without O_NONBLOCK, opening a FIFO would wait for a writer.
+        return os.open(filename, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise _file_error(filename, error) from None
+    except ValueError:  # a NUL byte in the name
+        raise FileError(f"{filename!r}: not a file name") from None
+
+
+def _file_error(what: str, error: OSError) -> FileError:
+    return FileError(f"{what}: {os.strerror(error.errno or errno.EIO)}")

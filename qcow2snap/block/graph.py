@@ -1,0 +1,250 @@
+"""From a file name or blockdev options (QEMU's names) to a graph of nodes. Opens children, and closes them on failure.
+
+What an image refers to (backing file, external data file, json: names) goes through ReferencePolicy. Chains are bounded,
+and loops refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from qcow2snap.block.file import FileNode, Locking
+from qcow2snap.block.node import BlockNode, ImageFormatError, Qcow2SnapError, ReferenceRefused, UnsupportedFeature
+from qcow2snap.block.qcow2 import rules
+from qcow2snap.block.qcow2.driver import CLUSTER_CACHE_SIZE, TABLE_CACHE_SIZE, Qcow2Node
+from qcow2snap.block.qcow2.header import as_text, read_header
+from qcow2snap.block.raw import RawNode
+from qcow2snap.block.references import ReferencePolicy
+
+MAX_DEPTH = 200  # images in a chain; QEMU knows no bound but its stack
+_PROBE_SIZE = 2048  # bytes that decide a format: QEMU BLOCK_PROBE_BUF_SIZE
+
+Options = dict[str, Any]
+
+
+class OpenOptions(NamedTuple):
+    """How images are opened, whatever their place in the graph."""
+
+    force_share: bool = False
+    allow_paths: Sequence[str] = ()
+    table_cache_size: int = TABLE_CACHE_SIZE
+    cluster_cache_size: int = CLUSTER_CACHE_SIZE
+
+
+class Link(NamedTuple):
+    """One image of a backing chain, as `info` tells it: `node`, or why it cannot be opened."""
+
+    reference: str
+    format: str | None
+    node: BlockNode | None
+    error: Qcow2SnapError | None
+
+
+def open_image(filename: str, options: OpenOptions = OpenOptions(), *, with_children: bool = True) -> Qcow2Node:  # noqa: B008
+    """Open a qcow2 image that the user names; close() of the node closes all that was opened.
+
+    Without `with_children` neither backing nor data file is opened: the image can be described, not read.
+    """
+    return _Opener(filename, options).qcow2(filename, with_children=with_children)
+
+
+def probe(file: FileNode) -> str:
+    """The format of a file whose format nobody states, by its first bytes, as QEMU guesses it."""
+    start = file.pread_available(0, _PROBE_SIZE)
+    if start[:4] == b"QFI\xfb":
+        return "qcow" if start[4:8] == b"\0\0\0\1" else "qcow2"
+    for name, offset, magic in _MAGICS:
+        if start[offset : offset + len(magic)] == magic:
+            return name
+    return "raw"
+
+
+# Formats that QEMU would recognise, so that their containers are not taken for raw disks.
+_MAGICS = (
+    ("luks", 0, b"LUKS\xba\xbe"),
+    ("parallels", 0, b"WithoutFreeSpace"),
+    ("parallels", 0, b"WithouFreSpacExt"),
+    ("qed", 0, b"QED\0"),
+    ("vdi", 0x40, b"\x7f\x10\xda\xbe"),
+    ("vhdx", 0, b"vhdxfile"),
+    ("vmdk", 0, b"# Disk DescriptorFile"),
+    ("vmdk", 0, b"COWD"),
+    ("vmdk", 0, b"KDMV"),
+    ("vpc", 0, b"conectix"),
+)
+
+
+class _Opener:
+    """Opens one graph: knows what may be followed, and what is open on the way down."""
+
+    def __init__(self, filename: str, options: OpenOptions) -> None:
+        self._options = options
+        self._policy = ReferencePolicy(filename, options.allow_paths)
+        self._open: list[tuple[int, int]] = []  # identities of the chain's images, top first
+
+    def qcow2(
+        self, filename: str, *, with_children: bool = True, children: Mapping[str, Any] | None = None
+    ) -> Qcow2Node:
+        """A qcow2 image by the path to open. `children` overrides what the image says of `backing` and `data-file`."""
+        file = self._file(filename, Locking.DATA if with_children else Locking.METADATA)
+        nodes: list[BlockNode] = [file]
+        try:
+            self._enter(file)
+            try:
+                header = read_header(file)
+            except (ImageFormatError, UnsupportedFeature) as error:
+                raise _explained(error, file) from None
+            data_file = backing = None
+            if with_children:
+                data_file = self._data_file(header.data_file, header.has_data_file, file, children or {})
+                nodes += [data_file] if data_file else []
+                reference = None if header.backing_file is None else as_text(header.backing_file)
+                backing = self._backing(reference, header.backing_format, file, children or {})
+            return Qcow2Node(
+                file,
+                header,
+                data_file=data_file,
+                backing=backing,
+                has_children=with_children,
+                table_cache_size=self._options.table_cache_size,
+                cluster_cache_size=self._options.cluster_cache_size,
+            )
+        except BaseException:
+            for node in nodes:
+                node.close()
+            raise
+
+    def _file(self, filename: str, locking: Locking = Locking.DATA) -> FileNode:
+        return FileNode(filename, locking=Locking.NONE if self._options.force_share else locking)
+
+    def _enter(self, file: FileNode) -> None:
+        if file.identity in self._open:
+            raise ReferenceRefused(f"{file.filename}: is its own backing file; the backing chain is a loop")
+        if len(self._open) >= MAX_DEPTH:
+            raise ReferenceRefused(f"{file.filename}: more than {MAX_DEPTH} images in the backing chain")
+        self._open.append(file.identity)
+
+    def _data_file(
+        self, reference: str | None, is_needed: bool, file: FileNode, children: Mapping[str, Any]
+    ) -> FileNode | None:
+        if not is_needed:
+            return None
+        override = children.get("data-file")
+        if override is not None:
+            node = self._from_options(override, file.filename)
+            if isinstance(node, RawNode):
+                return node.file
+            if isinstance(node, FileNode):
+                return node
+            node.close()
+            raise UnsupportedFeature(f"{file.filename}: its data file must be a plain file")
+        if not reference:
+            error = rules.DATA_FILE_NAME.broken(72, "the image needs an external data file and does not name it")
+            raise _explained(error, file)
+        if reference.startswith("json:"):
+            return self._data_file(None, True, file, {"data-file": _json_options(reference, file.filename)})
+        return self._file(self._policy.resolve(reference, file.filename))
+
+    def _backing(
+        self, reference: str | None, stated_format: str | None, file: FileNode, children: Mapping[str, Any]
+    ) -> BlockNode | None:
+        if "backing" in children:
+            override = children["backing"]
+            return None if override is None else self._from_options(override, file.filename)
+        if not reference:
+            return None
+        if reference.startswith("json:"):
+            options = _json_options(reference, file.filename)
+            if stated_format and options.get("driver") not in _FORMATS:
+                options = {"driver": stated_format, "file": options}
+            return self._from_options(options, file.filename)
+        return self._image(self._policy.resolve(reference, file.filename), stated_format)
+
+    def _image(self, path: str, image_format: str | None, children: Mapping[str, Any] | None = None) -> BlockNode:
+        """An image of a stated or guessed format."""
+        if image_format is None:
+            with_guess = self._file(path, Locking.NONE)
+            try:
+                image_format = probe(with_guess)
+            finally:
+                with_guess.close()
+        if image_format == "qcow2":
+            return self.qcow2(path, children=children)
+        if image_format in ("raw", "file", "host_device"):
+            file = self._file(path)
+            try:
+                self._enter(file)
+                return RawNode(file, **_raw_options(children or {}, path))
+            except BaseException:
+                file.close()
+                raise
+        raise UnsupportedFeature(f"{path}: images of format {image_format!r} are not read; raw and qcow2 are")
+
+    def _from_options(self, options: Any, referrer: str) -> BlockNode:
+        """A node from blockdev options that stand in an image, as json: names and their parts do."""
+        if isinstance(options, str):
+            raise UnsupportedFeature(f"{referrer}: refers to the node {options!r}; there are no named nodes here")
+        options = _nested(options)
+        driver = options.get("driver")
+        if "filename" in options and "file" not in options:  # a protocol node
+            if driver not in (None, "file", "host_device"):
+                raise ReferenceRefused(f"{referrer}: refers to {options}; the driver {driver!r} is not followed")
+            return self._image(self._policy.resolve(str(options["filename"]), referrer), "file" if driver else None)
+        below = options.get("file")
+        if driver not in (None, *_FORMATS) or not isinstance(below, (dict, str)):
+            raise UnsupportedFeature(f"{referrer}: refers to {options}, which this program cannot open")
+        filename = below if isinstance(below, str) else _nested(below).get("filename")
+        protocol = None if isinstance(below, str) else _nested(below).get("driver")
+        if not isinstance(filename, str) or protocol not in (None, "file", "host_device"):
+            raise ReferenceRefused(f"{referrer}: refers to {options}; only local files are followed")
+        return self._image(self._policy.resolve(filename, referrer), driver, options)
+
+
+_FORMATS = ("qcow2", "raw")
+
+
+def _raw_options(options: Mapping[str, Any], filename: str) -> dict[str, int]:
+    """offset and size of QEMU's raw driver."""
+    try:
+        return {key: int(options[key]) for key in ("offset", "size") if options.get(key) is not None}
+    except (TypeError, ValueError):
+        raise UnsupportedFeature(f"{filename}: offset and size of a raw node must be numbers of bytes") from None
+
+
+def _json_options(reference: str, referrer: str) -> Options:
+    try:
+        options = json.loads(reference.removeprefix("json:"))
+    except (ValueError, RecursionError) as error:
+        raise UnsupportedFeature(f"{referrer}: its reference {reference[:80]!r} is not JSON: {error}") from None
+    if not isinstance(options, dict):
+        raise UnsupportedFeature(f"{referrer}: its reference {reference[:80]!r} is not a JSON object")
+    return options
+
+
+def _nested(options: Mapping[str, Any]) -> Options:
+    """Blockdev options with dotted keys (`file.filename`) as nested ones."""
+    result: Options = {}
+    for key, value in options.items():
+        first, dot, rest = key.partition(".")
+        if not dot:
+            result[key] = value
+        elif isinstance(result.setdefault(first, {}), dict):
+            result[first][rest] = value
+    return result
+
+
+def _explained(error: Qcow2SnapError, file: FileNode) -> Qcow2SnapError:
+    """An error of the header with the file's name, and what the file seems to be where it is no qcow2."""
+    if isinstance(error, ImageFormatError):
+        error.filename = file.filename
+        if error.rule == rules.HEADER_MAGIC.id:
+            guess = probe(file) if file.size else "empty"
+            what = {
+                "raw": "it may be a raw disk, which has no snapshots",
+                "empty": "the file is empty",
+            }.get(guess, f"it looks like {guess}")
+            error.message = f"not a qcow2 image: {what}"
+        return error
+    return type(error)(f"{file.filename}: {error}")

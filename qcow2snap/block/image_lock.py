@@ -1,0 +1,72 @@
+"""QEMU's image locks: the byte-range locks by which qemu-img, a running VM and we refuse each other.
+
+QEMU block/file-posix.c: every permission has two bytes of the file. A read lock on byte 100 + p says "I use p", one on
+byte 200 + p says "nobody else may use p"; both are open file description locks, and nothing is ever written there.
+Whoever takes a lock then tests the opposite bytes, so that of two who start at once at least one backs off.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from enum import IntEnum
+
+from qcow2snap.block.node import ImageInUse
+
+
+class Permission(IntEnum):
+    """QEMU's BLK_PERM_* (include/block/block-common.h), by bit number."""
+
+    CONSISTENT_READ = 0
+    WRITE = 1
+    WRITE_UNCHANGED = 2
+    RESIZE = 3
+
+
+_USED_BASE = 100
+_UNSHARED_BASE = 200
+
+# struct flock on 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid (0 for open file description locks).
+_FLOCK = struct.Struct("hhxxxxqqixxxx")
+
+
+def lock_for_reading(fd: int, filename: str, *, data: bool) -> bool:
+    """Refuse writers and resizers for as long as `fd` is open, as qemu-img does; with `data`, also say that we read.
+
+    Returns False where the file system has no such locks (QEMU goes on without them as well). Raises ImageInUse if
+    somebody writes the image now.
+    """
+    used = [Permission.CONSISTENT_READ] if data else []
+    unshared = [Permission.WRITE, Permission.RESIZE]
+    try:
+        for permission in used:
+            _lock(fd, _USED_BASE + permission)
+        for permission in unshared:
+            _lock(fd, _UNSHARED_BASE + permission)
+        held = [p for p in used if _is_locked(fd, _UNSHARED_BASE + p)]
+        held += [p for p in unshared if _is_locked(fd, _USED_BASE + p)]
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            held = unshared
+        elif error.errno in (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            return False
+        else:
+            raise
+    if held:
+        use = " and ".join(p.name.lower().replace("_", " ") for p in held)
+        raise ImageInUse(
+            f'{filename}: in use by another process (it holds QEMU\'s "{use}" lock); stop it, or read the image as it '
+            f"is with -U/--force-share"
+        )
+    return True
+
+
+def _lock(fd: int, byte: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+
+
+def _is_locked(fd: int, byte: int) -> bool:
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)

@@ -1,0 +1,254 @@
+"""The interface of every driver, and the values and errors they exchange. Imports no driver.
+
+Words and ideas are those of QEMU's block layer (include/block/block_int-common.h). All offsets and lengths are
+bytes on the guest's side of a node, unless a name says `host_` or `file_`. Calls are synchronous; a node may be used
+from any number of threads at once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from enum import IntFlag
+from typing import NamedTuple, NoReturn, Protocol
+
+# What preadv fills. Writable and contiguous, whatever its type: bytearray, memoryview, mmap, a numpy array.
+Buffer = bytearray | memoryview
+
+
+class Status(IntFlag):
+    """What is known about an extent; the meanings are those of QEMU's BDRV_BLOCK_* flags."""
+
+    DATA = 1 << 0  # the bytes have to be read
+    ZERO = 1 << 1  # the bytes read as zeros; together with DATA: space is allocated, and is a hole of the host file
+    ALLOCATED = 1 << 2  # the layer `depth` decides what is read here, not a layer below it
+    COMPRESSED = 1 << 3  # stored compressed
+
+
+class HostFile(Protocol):
+    """A file of the host in which an extent's bytes lie verbatim."""
+
+    filename: str
+    stable: bool  # nobody else can write it while it is open: its pages may be handed on by reference
+
+    def fileno(self) -> int: ...
+
+
+class Extent(NamedTuple):
+    """A run of guest bytes with one status.
+
+    Where `file` is set, the bytes lie verbatim in it from `file_offset` on (an allocated zero extent has them too,
+    but they are not to be read). `depth` counts backing files: 0 is the image itself.
+    """
+
+    offset: int
+    length: int
+    status: Status
+    depth: int = 0
+    file: HostFile | None = None
+    file_offset: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+    @property
+    def must_read(self) -> bool:
+        """The bytes are not known to be zeros."""
+        return self.status & 3 == 1  # DATA and not ZERO
+
+
+class SnapshotInfo(NamedTuple):
+    """One snapshot, as the image's snapshot table describes it. Sizes in bytes; the size is the snapshot's own."""
+
+    id: str
+    name: str
+    size: int
+    vm_state_size: int
+    date_sec: int
+    date_nsec: int
+    vm_clock_nsec: int
+    icount: int | None  # None: record/replay was off
+    index: int = 0  # position in the table
+    host_offset: int = 0  # where the entry starts in the image file
+
+    def __str__(self) -> str:
+        return f'"{self.name}" (id {self.id})'
+
+
+class BlockNode(ABC):
+    """A disk, or what reads like one.
+
+    size       bytes; fixed while the node is open
+    read_only  whether the writing methods refuse
+    threads    any, at any time
+    errors     Qcow2SnapError and its kinds; never a short read
+    """
+
+    size: int
+    read_only: bool = True
+
+    @abstractmethod
+    def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """Fill every buffer, in turn, from `offset` on. A range that leaves the node: OutOfRange."""
+
+    @abstractmethod
+    def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Iterator[Extent]:
+        """The extents of a range, in order, without gap or overlap, neighbours of one kind merged.
+
+        Without `want_zero` nothing is spent on finding holes of the host file inside allocated extents.
+        """
+
+    def pwritev(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self._refuse_to_write()
+
+    def pwrite_zeroes(self, offset: int, length: int, *, may_unmap: bool = False) -> None:
+        self._refuse_to_write()
+
+    def pdiscard(self, offset: int, length: int) -> None:
+        self._refuse_to_write()
+
+    def flush(self) -> None:
+        """Make what was written durable. Nothing to do where nothing can be written."""
+
+    def close(self) -> None:
+        """Give back what this node owns. Children that it did not open stay open."""
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """`length` bytes at `offset`. For metadata and small reads; preadv copies less."""
+        buffer = bytearray(length)
+        self.preadv(offset, [buffer])
+        return bytes(buffer)
+
+    def check_range(self, offset: int, length: int) -> None:
+        """Raise OutOfRange unless offset..offset+length lies in this node."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise OutOfRange(f"{length} bytes at {offset} reach beyond the end, which is at {self.size}")
+
+    def _refuse_to_write(self) -> NoReturn:
+        raise ReadOnly("this is read-only: it cannot be written")
+
+
+class SnapshotAccess(ABC):
+    """What a driver adds to BlockNode if it can show frozen states of its disk.
+
+    QEMU's handlers of the same names (bdrv_co_preadv_snapshot and so on) know one snapshot; here each call names it.
+    """
+
+    @abstractmethod
+    def snapshots(self) -> Sequence[SnapshotInfo]:
+        """All snapshots that can be read, in the order of the driver's table."""
+
+    def find_snapshot(self, ref: str) -> SnapshotInfo:
+        """The snapshot that `ref` names: NAME, name=NAME, id=ID, or id=ID,name=NAME.
+
+        Raises SnapshotNotFound, or SnapshotAmbiguous where it fits more than one.
+        """
+        from qcow2snap.block.snapshot_ref import find  # the grammar and its messages fill a page of their own
+
+        return find(self.snapshots(), ref)
+
+    @abstractmethod
+    def preadv_snapshot(self, snapshot: SnapshotInfo, offset: int, buffers: Sequence[Buffer]) -> None:
+        """As BlockNode.preadv, of a snapshot. Beyond the snapshot's own size: OutOfRange."""
+
+    @abstractmethod
+    def snapshot_block_status(
+        self, snapshot: SnapshotInfo, offset: int, length: int, *, want_zero: bool = True
+    ) -> Iterator[Extent]:
+        """As BlockNode.block_status, of a snapshot."""
+
+    def vm_state(self, snapshot: SnapshotInfo) -> BlockNode:
+        """The VM state that was saved with a snapshot, as a read-only node. None was saved: SnapshotNotFound."""
+        raise SnapshotNotFound(f"snapshot {snapshot} has no VM state")
+
+    def pdiscard_snapshot(self, snapshot: SnapshotInfo, offset: int, length: int) -> None:
+        """The reader needs this range no more. A driver whose snapshots are not the reader's to punch does nothing."""
+
+
+class Qcow2SnapError(Exception):
+    """The root of all errors raised on purpose: one line that says what, where, and what to do."""
+
+
+class ImageFormatError(Qcow2SnapError):
+    """The image breaks a rule of its format.
+
+    rule         id of the rule, such as QCOW2-L2-003
+    host_offset  byte offset in the file of what breaks it
+    filename     the file, where known
+    guest_range  offset and length of the guest bytes that cannot be read because of it, where known: whoever salvages
+                 goes on behind them
+    """
+
+    def __init__(self, rule: str, host_offset: int, message: str) -> None:
+        super().__init__(rule, host_offset, message)
+        self.rule = rule
+        self.host_offset = host_offset
+        self.message = message
+        self.filename = ""
+        self.guest_range: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        where = f"{self.filename}: " if self.filename else ""
+        return f"{where}{self.message} ({self.rule}, at byte {self.host_offset:#x})"
+
+
+class UnsupportedFeature(Qcow2SnapError):
+    """The image is sound as far as can be seen, but needs something that is not built."""
+
+
+class SnapshotNotFound(Qcow2SnapError):
+    """No snapshot fits the reference."""
+
+
+class SnapshotAmbiguous(Qcow2SnapError):
+    """More than one snapshot fits the reference."""
+
+
+class ImageInUse(Qcow2SnapError):
+    """Another process holds a lock that excludes ours."""
+
+
+class ReferenceRefused(Qcow2SnapError):
+    """The image names a file outside of what it may reach."""
+
+
+class FileError(Qcow2SnapError):
+    """The operating system refused: absent, no permission, an I/O error."""
+
+
+class OutOfRange(Qcow2SnapError):
+    """A request reaches beyond the end of a node."""
+
+
+class ReadOnly(Qcow2SnapError):
+    """A write to what cannot be written."""
+
+
+class NBDError(Qcow2SnapError):
+    """The other side of an NBD connection broke the protocol, or said no."""
+
+
+def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
+    """Neighbours of one kind as one extent: same status, depth and file, and bytes that follow each other in it."""
+    last: Extent | None = None
+    try:
+        for extent in extents:
+            if last is None:
+                last = extent
+            elif (
+                last.status == extent.status
+                and last.depth == extent.depth
+                and last.file is extent.file
+                and (last.file is None or last.file_offset + last.length == extent.file_offset)
+            ):
+                last = last._replace(length=last.length + extent.length)
+            else:
+                yield last
+                last = extent
+    except Qcow2SnapError:  # what came before the damage is known all the same
+        if last is not None:
+            yield last
+        raise
+    if last is not None:
+        yield last

@@ -1,0 +1,124 @@
+"""Compressed clusters: from an L2 entry to the bytes of a cluster, the last of them kept within a budget of bytes.
+
+Fast path: libdeflate, or one zstd decompressor for each thread; both let go of the GIL. libdeflate wants a stream that
+ends where the cluster does, which QEMU always writes; whatever it refuses is tried again with zlib, which reads what the
+specification allows: "decompression stops when it has produced a cluster of data".
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+
+from formats.qcow2 import SECTOR_SIZE, CompressionType, compressed_l2_entry
+from qcow2snap.block.file import FileNode
+from qcow2snap.block.lru import BoundedCache
+from qcow2snap.block.qcow2 import rules
+from qcow2snap.block.qcow2.header import ImageHeader
+
+
+class CompressedClusters:
+    """Reads compressed clusters of one image file.
+
+    threads  any; each decompresses on its own, and what one has decompressed serves all
+    errors   ImageFormatError where the data is not in the file or does not decompress; FileError
+    """
+
+    def __init__(self, file: FileNode, header: ImageHeader, cache_size: int) -> None:
+        self._file = file
+        self._cluster_size = header.cluster_size
+        entry = compressed_l2_entry(header.cluster_bits)
+        self._offset_mask = entry.mask("offset")
+        sectors = entry.ranges["additional_sectors"]
+        self._sectors_mask, self._sectors_shift = sectors.mask, sectors.first
+        is_zstd = header.compression_type == CompressionType.ZSTD
+        self._decompress = _zstd_decompress if is_zstd else deflate_decompress
+        self._cache: BoundedCache[int, bytes] = BoundedCache(cache_size)
+
+    def host_range(self, entry: int) -> tuple[int, int]:
+        """Host offset and length of the data that an L2 entry describes; its last sector may hold other data too."""
+        host_offset = entry & self._offset_mask
+        sectors = ((entry & self._sectors_mask) >> self._sectors_shift) + 1
+        return host_offset, sectors * SECTOR_SIZE - host_offset % SECTOR_SIZE
+
+    def cluster(self, entry: int) -> bytes:
+        """The decompressed cluster of an L2 entry."""
+        cluster = self._cache.get(entry)
+        if cluster is None:
+            cluster = self.read(entry)
+            self._cache.put(entry, cluster, len(cluster))
+        return cluster
+
+    def read(self, entry: int) -> bytes:
+        """As `cluster`, past the cache: for whoever reads each cluster once."""
+        host_offset, length = self.host_range(entry)
+        data = self._file.pread_available(host_offset, length)
+        if not data:
+            raise rules.COMPRESSED_IN_FILE.broken(
+                host_offset, f"the compressed cluster at {host_offset:#x} lies beyond the end of the file"
+            )
+        try:
+            return self._decompress(data, self._cluster_size)
+        except ValueError as error:
+            raise rules.COMPRESSED_DATA.broken(
+                host_offset, f"the compressed cluster at {host_offset:#x} does not decompress: {error}"
+            ) from None
+
+
+def deflate_decompress(data: bytes, cluster_size: int) -> bytes:
+    """`cluster_size` bytes from a raw deflate stream. Damaged or too short: ValueError."""
+    import deflate
+
+    try:
+        cluster = deflate.deflate_decompress(data, cluster_size)
+    except deflate.DeflateError:
+        return deflate_decompress_slowly(data, cluster_size)
+    if len(cluster) != cluster_size:
+        raise ValueError(f"the stream ends after {len(cluster)} of {cluster_size} bytes")
+    return bytes(cluster)
+
+
+def deflate_decompress_slowly(data: bytes, cluster_size: int) -> bytes:
+    """As deflate_decompress, with zlib: the plain twin, and what reads streams that do not end with the cluster."""
+    try:
+        cluster = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, cluster_size)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
+    if len(cluster) != cluster_size:
+        raise ValueError(f"the stream ends after {len(cluster)} of {cluster_size} bytes")
+    return cluster
+
+
+_thread = threading.local()
+
+
+def _zstd_decompress(data: bytes, cluster_size: int) -> bytes:
+    import zstandard
+
+    try:
+        decompressor = _thread.zstd
+    except AttributeError:
+        decompressor = _thread.zstd = zstandard.ZstdDecompressor()
+    try:
+        # The decompressor believes a frame that states its size, and allocates that.
+        if zstandard.frame_content_size(data) <= cluster_size:
+            cluster: bytes = decompressor.decompress(data, max_output_size=cluster_size, allow_extra_data=True)
+            if len(cluster) == cluster_size:
+                return cluster
+    except zstandard.ZstdError:
+        pass
+    return zstd_decompress_slowly(data, cluster_size)
+
+
+def zstd_decompress_slowly(data: bytes, cluster_size: int) -> bytes:
+    """`cluster_size` bytes from one or more zstd frames, streamed: the plain twin, for what one call refuses."""
+    import zstandard
+
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True) as reader:
+            cluster: bytes = reader.read(cluster_size)
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from None
+    if len(cluster) != cluster_size:
+        raise ValueError(f"the stream ends after {len(cluster)} of {cluster_size} bytes")
+    return cluster

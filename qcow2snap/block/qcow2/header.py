@@ -1,0 +1,267 @@
+"""The header and its extensions: bytes -> declared layouts -> one immutable ImageHeader, judged by the header rules."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from construct import Container, StreamError
+
+from formats import qcow2 as layout
+from formats.qcow2 import (
+    AutoclearFeature,
+    CompatibleFeature,
+    CompressionType,
+    CryptMethod,
+    FeatureType,
+    HeaderExtensionType,
+    IncompatibleFeature,
+)
+from qcow2snap.block.file import FileNode
+from qcow2snap.block.node import UnsupportedFeature
+from qcow2snap.block.qcow2 import rules
+
+_KNOWN_INCOMPATIBLE = sum(IncompatibleFeature)
+
+
+class Extension(NamedTuple):
+    """A header extension as it stands in the file; `data` uninterpreted."""
+
+    type: int
+    data: bytes
+    host_offset: int
+
+
+class ImageHeader(NamedTuple):
+    """What the first cluster of an image says. Sizes and offsets in bytes."""
+
+    version: int
+    cluster_bits: int
+    size: int
+    crypt_method: CryptMethod
+    l1_table_offset: int
+    l1_size: int  # entries
+    refcount_table_offset: int
+    refcount_table_clusters: int
+    refcount_order: int
+    nb_snapshots: int
+    snapshots_offset: int
+    incompatible_features: IncompatibleFeature
+    compatible_features: int
+    autoclear_features: int
+    header_length: int
+    compression_type: CompressionType
+    backing_file: bytes | None  # the name as it stands in the file
+    extensions: tuple[Extension, ...]
+
+    @property
+    def cluster_size(self) -> int:
+        return 1 << self.cluster_bits
+
+    @property
+    def has_extended_l2(self) -> bool:
+        return bool(self.incompatible_features & IncompatibleFeature.EXTENDED_L2_ENTRIES)
+
+    @property
+    def has_data_file(self) -> bool:
+        return bool(self.incompatible_features & IncompatibleFeature.EXTERNAL_DATA_FILE)
+
+    @property
+    def is_data_file_raw(self) -> bool:
+        return bool(self.autoclear_features & AutoclearFeature.RAW_EXTERNAL_DATA)
+
+    @property
+    def is_lazy_refcounts(self) -> bool:
+        return bool(self.compatible_features & CompatibleFeature.LAZY_REFCOUNTS)
+
+    @property
+    def l2_entry_size(self) -> int:
+        return 16 if self.has_extended_l2 else 8
+
+    @property
+    def l2_coverage(self) -> int:
+        """Guest bytes that one L2 table describes."""
+        return self.cluster_size // self.l2_entry_size * self.cluster_size
+
+    @property
+    def subcluster_size(self) -> int:
+        """The unit of allocation: a cluster where there are no extended L2 entries."""
+        return self.cluster_size // layout.SUBCLUSTERS_PER_CLUSTER if self.has_extended_l2 else self.cluster_size
+
+    def vm_state_offset(self, disk_size: int) -> int:
+        """Where the VM state of a disk of that size starts, guest side: at the first L1 entry that it does not need."""
+        return -(-disk_size // self.l2_coverage) * self.l2_coverage
+
+    def extension(self, kind: HeaderExtensionType) -> Extension | None:
+        return next((extension for extension in self.extensions if extension.type == kind), None)
+
+    def string_extension(self, kind: HeaderExtensionType) -> str | None:
+        extension = self.extension(kind)
+        return None if extension is None else as_text(extension.data)
+
+    @property
+    def backing_format(self) -> str | None:
+        return self.string_extension(HeaderExtensionType.BACKING_FILE_FORMAT)
+
+    @property
+    def data_file(self) -> str | None:
+        return self.string_extension(HeaderExtensionType.EXTERNAL_DATA_FILE)
+
+
+def as_text(data: bytes) -> str:
+    """A name in the file as a str; bytes that are not UTF-8 survive as surrogates, as in Python's file names."""
+    return data.decode("utf-8", "surrogateescape")
+
+
+def read_header(file: FileNode) -> ImageHeader:
+    """Read and judge the header of an image. Raises ImageFormatError, UnsupportedFeature, FileError.
+
+    What only a checker or a writer minds is let pass here: refcounts, the corrupt and dirty bits.
+    """
+    start = file.pread_available(0, layout.HEADER_LENGTH_V3)
+    if start[:4] != layout.MAGIC:
+        raise rules.HEADER_MAGIC.broken(0, "not a qcow2 image (it does not start with QFI\\xfb)")
+    if len(start) < layout.HEADER_LENGTH_V2:
+        raise rules.HEADER_COMPLETE.broken(len(start), f"the file ends within the header, after {len(start)} bytes")
+    version = int.from_bytes(start[4:8], "big")
+    if version not in (2, 3):
+        raise rules.HEADER_VERSION.broken(4, f"version {version} of the format is not known; there are 2 and 3")
+    cluster_bits = int.from_bytes(start[20:24], "big")
+    if not layout.MIN_CLUSTER_BITS <= cluster_bits <= layout.MAX_CLUSTER_BITS:
+        raise rules.HEADER_CLUSTER_BITS.broken(20, f"cluster size 2^{cluster_bits} is not in 2^9 to 2^21 bytes")
+    first_cluster = file.pread_available(0, 1 << cluster_bits)
+    # As in QEMU, what a short file lacks of its first cluster reads as zeros.
+    try:
+        fields = layout.Header.parse(first_cluster.ljust(1 << cluster_bits, b"\0"))
+    except StreamError:
+        raise rules.HEADER_LENGTH.broken(100, "header_length reaches beyond the first cluster") from None
+    _judge(fields, first_cluster)
+    extensions = _read_extensions(fields, first_cluster.ljust(1 << cluster_bits, b"\0"))
+    _refuse_unknown_features(fields, extensions)
+    name_end = fields.backing_file_offset + fields.backing_file_size
+    return ImageHeader(
+        version=fields.version,
+        cluster_bits=fields.cluster_bits,
+        size=fields.size,
+        crypt_method=CryptMethod(fields.crypt_method),
+        l1_table_offset=fields.l1_table_offset,
+        l1_size=fields.l1_size,
+        refcount_table_offset=fields.refcount_table_offset,
+        refcount_table_clusters=fields.refcount_table_clusters,
+        refcount_order=fields.refcount_order,
+        nb_snapshots=fields.nb_snapshots,
+        snapshots_offset=fields.snapshots_offset,
+        incompatible_features=IncompatibleFeature(fields.incompatible_features),
+        compatible_features=int(fields.compatible_features),
+        autoclear_features=int(fields.autoclear_features),
+        header_length=fields.header_length,
+        compression_type=CompressionType(fields.compression_type),
+        backing_file=first_cluster[fields.backing_file_offset : name_end] if fields.backing_file_offset else None,
+        extensions=extensions,
+    )
+
+
+def _judge(fields: Container, first_cluster: bytes) -> None:
+    """The rules without which the image cannot be read. Order and bounds as in QEMU's qcow2_do_open."""
+    cluster_size = 1 << fields.cluster_bits
+    if fields.version >= 3:
+        if len(first_cluster) < layout.HEADER_LENGTH_V3:
+            raise rules.HEADER_COMPLETE.broken(len(first_cluster), "the file ends within the header")
+        if fields.header_length < layout.HEADER_LENGTH_V3:
+            raise rules.HEADER_LENGTH.broken(100, f"header_length {fields.header_length} is less than 104")
+    if fields.backing_file_offset:
+        end = fields.backing_file_offset + fields.backing_file_size
+        if end > cluster_size or fields.backing_file_size > layout.MAX_BACKING_FILE_SIZE:
+            raise rules.HEADER_BACKING_NAME.broken(
+                8,
+                f"the backing file name, {fields.backing_file_size} bytes at {fields.backing_file_offset:#x}, is too "
+                f"long or not in the first cluster",
+            )
+    _judge_features(fields)
+    if fields.refcount_order > layout.MAX_REFCOUNT_ORDER:
+        raise rules.HEADER_REFCOUNT_ORDER.broken(96, f"refcount_order {fields.refcount_order} is more than 6")
+    if fields.crypt_method not in tuple(CryptMethod):
+        raise rules.HEADER_CRYPT_METHOD.broken(32, f"encryption method {fields.crypt_method} is not known")
+    if fields.nb_snapshots > layout.MAX_SNAPSHOTS:
+        raise rules.HEADER_SNAPSHOTS.broken(60, f"{fields.nb_snapshots} snapshots are more than {layout.MAX_SNAPSHOTS}")
+    if fields.nb_snapshots and fields.snapshots_offset % cluster_size:
+        raise rules.HEADER_SNAPSHOTS.broken(
+            64, f"the snapshot table at {fields.snapshots_offset:#x} does not start at a cluster boundary"
+        )
+    if fields.l1_size * 8 > layout.MAX_L1_TABLE_SIZE:
+        raise rules.HEADER_L1_SIZE.broken(36, f"an L1 table of {fields.l1_size} entries is larger than 32 MiB")
+    if fields.l1_table_offset % cluster_size:
+        raise rules.HEADER_L1_OFFSET.broken(
+            40, f"the L1 table at {fields.l1_table_offset:#x} does not start at a cluster boundary"
+        )
+    entry_size = 16 if fields.incompatible_features & IncompatibleFeature.EXTENDED_L2_ENTRIES else 8
+    if -(-fields.size // (cluster_size // entry_size * cluster_size)) > fields.l1_size:
+        raise rules.HEADER_L1_SIZE.broken(
+            36, f"an L1 table of {fields.l1_size} entries is too small for a disk of {fields.size} bytes"
+        )
+
+
+def _judge_features(fields: Container) -> None:
+    features = fields.incompatible_features
+    if fields.compression_type not in tuple(CompressionType):
+        raise rules.HEADER_COMPRESSION.broken(104, f"compression type {fields.compression_type} is not known")
+    is_marked = bool(features & IncompatibleFeature.COMPRESSION_TYPE)
+    if is_marked != (fields.compression_type != CompressionType.DEFLATE):
+        state = "set" if is_marked else "not set"
+        raise rules.HEADER_COMPRESSION.broken(
+            72, f"the compression type is {fields.compression_type} but its feature bit is {state}"
+        )
+    if (
+        features & IncompatibleFeature.EXTENDED_L2_ENTRIES
+        and fields.cluster_bits < layout.MIN_CLUSTER_BITS_EXTENDED_L2
+    ):
+        raise rules.HEADER_CLUSTER_BITS.broken(
+            20, f"cluster size 2^{fields.cluster_bits} is too small for extended L2 entries, which need 2^14"
+        )
+    if (
+        fields.autoclear_features & AutoclearFeature.RAW_EXTERNAL_DATA
+        and not features & IncompatibleFeature.EXTERNAL_DATA_FILE
+    ):
+        raise rules.HEADER_RAW_DATA.broken(88, "the raw external data bit is set, but there is no external data file")
+
+
+def _read_extensions(fields: Container, first_cluster: bytes) -> tuple[Extension, ...]:
+    """Up to the end marker, or to where the backing file name or the cluster's end leaves no room for another."""
+    extensions: list[Extension] = []
+    position = fields.header_length
+    end = fields.backing_file_offset or len(first_cluster)
+    while position + layout.HEADER_EXTENSION_HEADER_LENGTH <= end:
+        kind, length = int.from_bytes(first_cluster[position : position + 4], "big"), 0
+        if kind == HeaderExtensionType.END:
+            break
+        length = int.from_bytes(first_cluster[position + 4 : position + 8], "big")
+        if length > end - position - layout.HEADER_EXTENSION_HEADER_LENGTH:
+            raise rules.EXTENSION_LENGTH.broken(
+                position, f"header extension {kind:#010x} of {length} bytes reaches beyond its area"
+            )
+        parsed = layout.HeaderExtension.parse(first_cluster[position : position + 16 + length])
+        extensions.append(Extension(int(parsed.type), parsed.data, position))
+        position += layout.HEADER_EXTENSION_HEADER_LENGTH + length + -length % 8
+    return tuple(extensions)
+
+
+def feature_names(extensions: tuple[Extension, ...]) -> dict[tuple[int, int], str]:
+    """The image's own names of features, by (FeatureType, bit)."""
+    names: dict[tuple[int, int], str] = {}
+    for extension in extensions:
+        if extension.type == HeaderExtensionType.FEATURE_NAME_TABLE:
+            for entry in layout.FeatureNameTable.parse(extension.data).entries:
+                names[int(entry.type), entry.bit] = as_text(entry.name.rstrip(b"\0"))
+    return names
+
+
+def _refuse_unknown_features(fields: Container, extensions: tuple[Extension, ...]) -> None:
+    unknown = int(fields.incompatible_features) & ~_KNOWN_INCOMPATIBLE
+    if not unknown:
+        return
+    names = feature_names(extensions)
+    listed = ", ".join(
+        names.get((FeatureType.INCOMPATIBLE, bit), f"bit {bit}") for bit in range(64) if unknown >> bit & 1
+    )
+    raise UnsupportedFeature(
+        f"the image needs a feature that is not known here: {listed} ({rules.HEADER_INCOMPATIBLE.id}, at byte 0x48)"
+    )

@@ -1,0 +1,98 @@
+"""The snapshot table: bytes -> entries, as many as can be read. A damaged entry never hides those before it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from formats import qcow2 as layout
+from qcow2snap.block.file import FileNode
+from qcow2snap.block.node import ImageFormatError, SnapshotInfo
+from qcow2snap.block.qcow2 import rules
+from qcow2snap.block.qcow2.header import ImageHeader, as_text
+
+_READ_SIZE = 1 << 20
+_VARIABLE_SIZES = (12, 14), (14, 16), (36, 40)  # where id_str_size, name_size and extra_data_size stand
+
+
+class TableEntry(NamedTuple):
+    """One entry: what is told of the snapshot, where its L1 table is, and the bytes as they stand in the file."""
+
+    info: SnapshotInfo
+    l1_table_offset: int
+    l1_size: int  # entries
+    raw: bytes
+
+
+class SnapshotTable(NamedTuple):
+    """What could be read of the table, and the error that ended the reading before its end."""
+
+    entries: tuple[TableEntry, ...]
+    damage: ImageFormatError | None = None
+
+
+def read_snapshot_table(file: FileNode, header: ImageHeader) -> SnapshotTable:
+    """Read the table entry by entry, up to its end or to the first that is no entry. Raises FileError only."""
+    entries: list[TableEntry] = []
+    window = _Window(file)
+    position = header.snapshots_offset
+    for index in range(header.nb_snapshots):
+        try:
+            entry = _read_entry(window, header, position, index)
+        except ImageFormatError as damage:
+            return SnapshotTable(tuple(entries), damage)
+        entries.append(entry)
+        position += len(entry.raw)
+    return SnapshotTable(tuple(entries))
+
+
+def _read_entry(window: _Window, header: ImageHeader, position: int, index: int) -> TableEntry:
+    what = f"snapshot {index + 1} of {header.nb_snapshots}"
+    fixed = window.read(position, layout.SNAPSHOT_HEADER_LENGTH)
+    if len(fixed) < layout.SNAPSHOT_HEADER_LENGTH:
+        raise rules.SNAPSHOT_COMPLETE.broken(position, f"the file ends within the table entry of {what}")
+    id_str_size, name_size, extra_data_size = (int.from_bytes(fixed[a:b], "big") for a, b in _VARIABLE_SIZES)
+    if extra_data_size > layout.MAX_SNAPSHOT_EXTRA_DATA_SIZE:
+        raise rules.SNAPSHOT_EXTRA_DATA.broken(
+            position + 36, f"{what} has {extra_data_size} bytes of extra data, more than 1024"
+        )
+    used = layout.SNAPSHOT_HEADER_LENGTH + extra_data_size + id_str_size + name_size
+    length = used + -used % 8
+    if position + length - header.snapshots_offset > layout.MAX_SNAPSHOT_TABLE_SIZE:
+        raise rules.SNAPSHOT_TABLE_SIZE.broken(position, f"with {what} the snapshot table exceeds 64 MiB")
+    raw = window.read(position, length)
+    if len(raw) < used:
+        raise rules.SNAPSHOT_COMPLETE.broken(position, f"the file ends within the table entry of {what}")
+    raw = raw.ljust(length, b"\0")  # the padding of the last entry need not be in the file
+    fields = layout.SnapshotTableEntry.parse(raw)
+    large = fields.vm_state_size_large
+    info = SnapshotInfo(
+        id=as_text(fields.id_str),
+        name=as_text(fields.name),
+        # Version 2 entries may lack the size: then it is the active disk's.
+        size=header.size if fields.disk_size is None else fields.disk_size,
+        vm_state_size=fields.vm_state_size if large is None else large,
+        date_sec=fields.date_sec,
+        date_nsec=fields.date_nsec,
+        vm_clock_nsec=fields.vm_clock_nsec,
+        icount=None if fields.icount in (None, layout.ICOUNT_OFF) else fields.icount,
+        index=index,
+        host_offset=position,
+    )
+    return TableEntry(info, fields.l1_table_offset, fields.l1_size, raw)
+
+
+class _Window:
+    """A stretch of the file, moved on when the next entry might not be in it: few reads for many small entries."""
+
+    def __init__(self, file: FileNode) -> None:
+        self._file = file
+        self._start = 0
+        self._data = b""
+
+    def read(self, position: int, length: int) -> bytes:
+        """`length` bytes at `position`, less only where the file ends."""
+        start = position - self._start
+        if start < 0 or start + length > len(self._data):
+            self._start, start = position, 0
+            self._data = self._file.pread_available(position, max(length, _READ_SIZE))
+        return self._data[start : start + length]

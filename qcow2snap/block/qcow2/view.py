@@ -1,0 +1,285 @@
+"""One state of the disk seen through its L1 table: the active disk, a snapshot, or a VM state. Reads, maps; owns nothing.
+
+This is the reading half of QEMU's qcow2-cluster.c and qcow2_co_preadv/qcow2_co_block_status (block/qcow2.c), with the
+L1 table, the size and the start given instead of taken from the active disk.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from formats.qcow2 import L1TableEntry, StandardL2Entry
+from qcow2snap.block.buffers import Cursor
+from qcow2snap.block.file import FileNode
+from qcow2snap.block.node import BlockNode, Buffer, Extent, ImageFormatError, Status, UnsupportedFeature, merged
+from qcow2snap.block.qcow2 import rules
+from qcow2snap.block.qcow2.compressed import CompressedClusters
+from qcow2snap.block.qcow2.header import ImageHeader
+from qcow2snap.block.qcow2.l2 import Kind, L2Table, L2Tables
+from qcow2snap.block.qcow2.refcount import has_preallocated_metadata
+
+_L1_OFFSET = L1TableEntry.mask("offset")
+
+# Operations on flags cost a microsecond each: these are made once.
+_ALLOCATED_DATA = Status.DATA | Status.ALLOCATED
+_ALLOCATED_HOLE = Status.DATA | Status.ALLOCATED | Status.ZERO
+_STATUS = {
+    Kind.ZERO_PLAIN: Status.ZERO | Status.ALLOCATED,
+    Kind.ZERO_ALLOC: Status.ZERO | Status.ALLOCATED,
+    Kind.NORMAL: _ALLOCATED_DATA,
+    Kind.COMPRESSED: _ALLOCATED_DATA | Status.COMPRESSED,
+}
+
+
+class L1Table:
+    """An L1 table in memory: host offsets of L2 tables, 0 where there is none. Immutable."""
+
+    def __init__(self, host_offset: int, data: bytes) -> None:
+        self.host_offset = host_offset
+        offsets = np.frombuffer(data, dtype=">u8").astype(np.uint64) & np.uint64(_L1_OFFSET)
+        # As arrays: indexing and bisecting them gives Python's integers, numpy's cost ten times as much one by one.
+        self.offsets = array("Q", offsets.tobytes())
+        self.populated = array("I", np.flatnonzero(offsets).astype(np.uint32).tobytes())
+        self.nbytes = 200 + 8 * len(self.offsets) + 4 * len(self.populated)
+
+    def next_populated(self, index: int) -> int:
+        """The first index from `index` on that has an L2 table, or the table's length."""
+        position = bisect_left(self.populated, index)
+        return self.populated[position] if position < len(self.populated) else len(self.offsets)
+
+
+class Mapping(NamedTuple):
+    """A run of one view, with the table that describes it.
+
+    `host` as in l2.Run; `table` is None where the L1 table has no entry.
+    """
+
+    offset: int
+    length: int
+    kind: int
+    host: int
+    table: L2Table | None
+    in_table: int  # bytes from the start of what the table describes
+
+    def skip(self, count: int) -> Mapping:
+        """The rest of a run that has a host offset, from its byte `count` on."""
+        return self._replace(
+            offset=self.offset + count,
+            length=self.length - count,
+            host=self.host + count,
+            in_table=self.in_table + count,
+        )
+
+
+@dataclass(frozen=True)
+class Image:
+    """What all views of one image share."""
+
+    header: ImageHeader
+    file: FileNode
+    data_file: FileNode  # the same as `file`, unless the image has an external one
+    tables: L2Tables
+    compressed: CompressedClusters
+    backing: BlockNode | None
+    is_encrypted: bool
+
+    @cached_property
+    def has_preallocated_metadata(self) -> bool:
+        """Then holes of the data file are worth finding: see refcount.has_preallocated_metadata."""
+        return has_preallocated_metadata(self.file, self.header)
+
+
+class View(BlockNode):
+    """A state of the disk: the bytes that `l1` maps from `start` on.
+
+    size     bytes; the state's own
+    threads  any
+    errors   OutOfRange; ImageFormatError, UnsupportedFeature (encrypted), FileError when read
+    owns     nothing
+    """
+
+    def __init__(self, image: Image, l1: L1Table, *, start: int, size: int, has_backing: bool) -> None:
+        self._image = image
+        self._l1 = l1
+        self._start = start
+        self.size = size
+        self._backing = image.backing if has_backing else None
+
+    # -- mapping ------------------------------------------------------------------------------------------------------
+
+    def mappings(self, offset: int, length: int) -> Iterator[Mapping]:
+        """What the L1 and L2 tables say of a range, run by run. Absent L2 tables are skipped by the whole."""
+        coverage = self._image.header.l2_coverage
+        offsets = self._l1.offsets
+        end = offset + length
+        while offset < end:
+            index, in_table = divmod(self._start + offset, coverage)
+            if index >= len(offsets):
+                error = rules.SNAPSHOT_L1_SIZE.broken(
+                    self._l1.host_offset,
+                    f"the L1 table at {self._l1.host_offset:#x} has {len(offsets)} entries, too few for guest offset "
+                    f"{offset:#x}",
+                )
+                raise self._located(error, offset, self.size - offset)
+            if not offsets[index]:
+                stop = min(end, self._l1.next_populated(index) * coverage - self._start)
+                yield Mapping(offset, stop - offset, Kind.UNALLOCATED, 0, None, in_table)
+                offset = stop
+                continue
+            base = index * coverage - self._start
+            try:
+                table = self._table(index)
+            except ImageFormatError as error:
+                raise self._located(error, offset, min(base + coverage, self.size) - offset) from None
+            for start, stop, kind, host in table.runs(in_table, min(coverage, end - base)):
+                yield Mapping(base + start, stop - start, kind, host, table, start)
+            offset = base + coverage
+
+    def _table(self, index: int) -> L2Table:
+        host_offset = self._l1.offsets[index]
+        if host_offset % self._image.header.cluster_size:
+            raise rules.L1_ENTRY_ALIGNED.broken(
+                self._l1.host_offset + 8 * index, f"an L1 entry points to {host_offset:#x}, not a cluster boundary"
+            )
+        return self._image.tables.at(host_offset)
+
+    # -- BlockNode ----------------------------------------------------------------------------------------------------
+
+    def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Iterator[Extent]:
+        self.check_range(offset, length)
+        return merged(self._extents(offset, length, want_zero))
+
+    def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        cursor = Cursor(buffers)
+        self.check_range(offset, cursor.remaining)
+        if self._image.is_encrypted:
+            raise UnsupportedFeature(f"{self._image.file.filename}: the image is encrypted; its data cannot be read yet")
+        for mapping in self.mappings(offset, cursor.remaining):
+            kind = mapping.kind
+            if kind == Kind.NORMAL:
+                host = self._checked_host(mapping)
+                self._image.data_file.preadv_available(host, cursor.take(mapping.length))
+            elif kind in (Kind.ZERO_PLAIN, Kind.ZERO_ALLOC):
+                cursor.zero(mapping.length)
+            elif kind == Kind.COMPRESSED:
+                in_cluster = mapping.in_table % self._image.header.cluster_size
+                try:
+                    cluster = self._image.compressed.cluster(mapping.host)
+                except ImageFormatError as error:
+                    raise self._located(error, mapping.offset, mapping.length) from None
+                cursor.copy(memoryview(cluster)[in_cluster : in_cluster + mapping.length])
+            elif kind == Kind.INVALID:
+                raise self._invalid(mapping)
+            else:
+                self._read_below(mapping.offset, cursor, mapping.length)
+
+    # -- one run ------------------------------------------------------------------------------------------------------
+
+    def _extents(self, offset: int, length: int, want_zero: bool) -> Iterator[Extent]:
+        data_file = None if self._image.is_encrypted else self._image.data_file
+        find_holes = want_zero and self._image.has_preallocated_metadata
+        for mapping in self.mappings(offset, length):
+            kind = mapping.kind
+            if kind == Kind.NORMAL:
+                host = self._checked_host(mapping)
+                if find_holes and data_file is not None:
+                    yield from self._with_holes(mapping.offset, mapping.length, host)
+                else:
+                    yield Extent(mapping.offset, mapping.length, _ALLOCATED_DATA, 0, data_file, host)
+            elif kind == Kind.ZERO_ALLOC:
+                yield Extent(mapping.offset, mapping.length, _STATUS[kind], 0, data_file, mapping.host)
+            elif kind in (Kind.ZERO_PLAIN, Kind.COMPRESSED):
+                yield Extent(mapping.offset, mapping.length, _STATUS[kind])
+            elif kind == Kind.INVALID:
+                raise self._invalid(mapping)
+            else:
+                yield from self._extents_below(mapping, want_zero)
+
+    def _with_holes(self, offset: int, length: int, host: int) -> Iterator[Extent]:
+        """Allocated clusters, those parts zero as well that are holes of the file (QEMU: BDRV_BLOCK_RECURSE)."""
+        file, end = self._image.data_file, offset + length
+        while offset < end:
+            is_hole, stop = file.hole_or_data(host)
+            count = min(end - offset, stop - host)
+            yield Extent(offset, count, _ALLOCATED_HOLE if is_hole else _ALLOCATED_DATA, 0, file, host)
+            offset += count
+            host += count
+
+    def _extents_below(self, mapping: Mapping, want_zero: bool) -> Iterator[Extent]:
+        """What an unallocated run reads as: the backing file as far as it reaches, then zeros."""
+        from_backing = self._length_in_backing(mapping.offset, mapping.length)
+        if from_backing and self._backing is not None:
+            for extent in self._backing.block_status(mapping.offset, from_backing, want_zero=want_zero):
+                yield extent._replace(depth=extent.depth + 1)
+        if from_backing < mapping.length:
+            yield Extent(mapping.offset + from_backing, mapping.length - from_backing, Status.ZERO)
+
+    def _read_below(self, offset: int, cursor: Cursor, length: int) -> None:
+        from_backing = self._length_in_backing(offset, length)
+        if from_backing and self._backing is not None:
+            self._backing.preadv(offset, cursor.take(from_backing))
+        cursor.zero(length - from_backing)
+
+    def _length_in_backing(self, offset: int, length: int) -> int:
+        return 0 if self._backing is None else max(0, min(length, self._backing.size - offset))
+
+    def _checked_host(self, mapping: Mapping) -> int:
+        """The host offset of a NORMAL run, every cluster of which must be in the file, if only its first byte.
+
+        A file may end within its last cluster, and QEMU reads zeros from there on. Whole clusters are missing only
+        from a file that was cut: QEMU reads zeros there too, we do not guess.
+        """
+        image, host = self._image, mapping.host
+        if image.header.has_data_file and host != mapping.offset + self._start:
+            raise self._broken(mapping, rules.DATA_FILE_OFFSET, f"host offset {host:#x} of the external data file")
+        end = host + mapping.length
+        if end > image.data_file.size:
+            size = image.data_file.current_size()
+            missing = max(host, -(-size // image.header.cluster_size) * image.header.cluster_size)
+            if missing < end:
+                cut = mapping.skip(missing - host)
+                what = f"host offset {missing:#x}, beyond the end of the file at {size:#x}: it has been cut"
+                raise self._broken(cut, rules.L2_ENTRY_IN_FILE, what)
+        return host
+
+    def _invalid(self, mapping: Mapping) -> ImageFormatError:
+        """Why an L2 entry is INVALID: the rule it breaks."""
+        header, entry = self._image.header, mapping.host
+        offset = entry & _L1_OFFSET
+        if StandardL2Entry.mask("compressed") & entry:
+            return self._broken(mapping, rules.DATA_FILE_COMPRESSED, "a compressed cluster, with an external data file")
+        if offset % header.cluster_size:
+            return self._broken(mapping, rules.L2_ENTRY_ALIGNED, f"{offset:#x}, not a cluster boundary")
+        if header.has_extended_l2:
+            return self._broken(mapping, rules.L2_SUBCLUSTERS, "subclusters in contradictory states")
+        return self._broken(mapping, rules.L2_ZERO_V3, "a zero cluster, in a version 2 image")
+
+    def _broken(self, mapping: Mapping, rule: rules.Rule, what: str) -> ImageFormatError:
+        """The error of the L2 entry that describes the start of a run."""
+        assert mapping.table is not None  # only runs of a table have an entry
+        where = self._image.tables.entry_offset(mapping.table, mapping.in_table)
+        message = f"L2 entry at byte {where:#x} maps guest offset {mapping.offset:#x} to {what}"
+        return self._located(rule.broken(where, message), mapping.offset, mapping.length)
+
+    def _located(self, error: ImageFormatError, offset: int, length: int) -> ImageFormatError:
+        """The error, saying which file it is in and which guest bytes it makes unreadable."""
+        error.filename = self._image.file.filename
+        error.guest_range = (offset, length)
+        return error
+
+
+def load_l1(file: FileNode, host_offset: int, nb_entries: int) -> L1Table:
+    """Read an L1 table, whose place and size have been judged. Not in the file: ImageFormatError."""
+    data = file.pread_available(host_offset, 8 * nb_entries)
+    if len(data) < 8 * nb_entries:
+        raise rules.L1_COMPLETE.broken(
+            host_offset, f"the L1 table at {host_offset:#x} reaches beyond the end of the file"
+        )
+    return L1Table(host_offset, data)

@@ -1,0 +1,37 @@
+"""The raw format: a node that shows a stretch of its file as it is (QEMU block/raw-format.c). Owns its file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from qcow2snap.block.file import FileNode
+from qcow2snap.block.node import BlockNode, Buffer, Extent, OutOfRange
+
+
+class RawNode(BlockNode):
+    """`size` bytes of a file from `offset` on; by default all of it.
+
+    size     bytes
+    threads  any
+    errors   OutOfRange if the file does not hold that stretch; FileError when read
+    owns     file
+    """
+
+    def __init__(self, file: FileNode, *, offset: int = 0, size: int | None = None) -> None:
+        self.file = file
+        self._offset = offset
+        self.size = file.size - offset if size is None else size
+        if offset < 0 or self.size < 0 or offset + self.size > file.size:
+            raise OutOfRange(f"{file.filename}: has {file.size} bytes, fewer than offset {offset} and size {size} ask")
+
+    def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self.check_range(offset, sum(map(len, buffers)))
+        self.file.preadv(self._offset + offset, buffers)
+
+    def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Iterator[Extent]:
+        self.check_range(offset, length)
+        for extent in self.file.block_status(self._offset + offset, length, want_zero=want_zero):
+            yield extent._replace(offset=extent.offset - self._offset)
+
+    def close(self) -> None:
+        self.file.close()

@@ -1,0 +1,33 @@
+"""One snapshot of a driver with SnapshotAccess, as an ordinary read-only node. Knows no driver."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from qcow2snap.block.node import BlockNode, Buffer, Extent, SnapshotAccess, SnapshotInfo
+
+
+class SnapshotAccessNode(BlockNode):
+    """One snapshot of `file`, as an ordinary read-only node.
+
+    size     the snapshot's own, in bytes; not that of the active disk
+    threads  any, at any time; nothing changes after construction
+    errors   SnapshotNotFound, SnapshotAmbiguous when built from a reference; ImageFormatError when read
+    owns     nothing: `file` stays open when this node is closed
+    source   QEMU block/snapshot-access.c, which takes no snapshot's name and has no size of its own
+    """
+
+    def __init__(self, file: SnapshotAccess, snapshot: SnapshotInfo | str) -> None:
+        self.file = file
+        self.snapshot = file.find_snapshot(snapshot) if isinstance(snapshot, str) else snapshot
+        self.size = self.snapshot.size
+
+    def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self.file.preadv_snapshot(self.snapshot, offset, buffers)
+
+    def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Iterator[Extent]:
+        return self.file.snapshot_block_status(self.snapshot, offset, length, want_zero=want_zero)
+
+    def pdiscard(self, offset: int, length: int) -> None:
+        self.check_range(offset, length)
+        self.file.pdiscard_snapshot(self.snapshot, offset, length)

@@ -1,0 +1,182 @@
+"""The Python API: an image, its active disk, its snapshots, and each of them as a file. Friendlier names for block/."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from qcow2snap.block.graph import OpenOptions, open_image
+from qcow2snap.block.node import BlockNode, Extent, SnapshotInfo
+from qcow2snap.block.snapshot_access import SnapshotAccessNode
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+    from qcow2snap.block.qcow2.driver import Qcow2Node
+
+
+def open(  # noqa: A001  # as in tarfile, zipfile and wave
+    filename: str | os.PathLike[str],
+    *,
+    force_share: bool = False,
+    allow_paths: Sequence[str] = (),
+) -> Image:
+    """Open a qcow2 image for reading.
+
+    force_share  read it although a VM has it open; only snapshots are then sure not to change
+    allow_paths  directories whose files the image may name as backing or data file, besides its own directory
+    Raises ImageFormatError, UnsupportedFeature, ImageInUse, ReferenceRefused, FileError.
+    """
+    node = open_image(os.fspath(filename), OpenOptions(force_share=force_share, allow_paths=tuple(allow_paths)))
+    for warning in node.warnings:
+        warnings.warn(f"{node.filename}: {warning}", stacklevel=2)
+    return Image(node)
+
+
+class Disk:
+    """Something that reads like a disk: the active disk, or a snapshot."""
+
+    def __init__(self, node: BlockNode) -> None:
+        self.node = node
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.node.size
+
+    def open(self) -> io.RawIOBase:
+        """As a file: seekable, read-only, safe to use from several threads. Wrap it in io.BufferedReader for small reads."""
+        return NodeFile(self.node)
+
+    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        """What is known of a range without reading it; by default of all from `offset` on."""
+        return self.node.block_status(offset, self.size - offset if length is None else length)
+
+
+class Snapshot(Disk):
+    """One snapshot, with its own size."""
+
+    def __init__(self, image: Qcow2Node, info: SnapshotInfo) -> None:
+        super().__init__(SnapshotAccessNode(image, info))
+        self.info = info
+        self._image = image
+
+    @property
+    def id(self) -> str:
+        return self.info.id
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def vm_state_size(self) -> int:
+        """Bytes; 0 if no VM state was saved."""
+        return self.info.vm_state_size
+
+    @property
+    def date_sec(self) -> int:
+        return self.info.date_sec
+
+    @property
+    def date_nsec(self) -> int:
+        return self.info.date_nsec
+
+    @property
+    def vm_clock_nsec(self) -> int:
+        return self.info.vm_clock_nsec
+
+    @property
+    def icount(self) -> int | None:
+        return self.info.icount
+
+    def open_vm_state(self) -> io.RawIOBase:
+        """The VM state as a file. None was saved: SnapshotNotFound."""
+        return NodeFile(self._image.vm_state(self.info))
+
+    def __repr__(self) -> str:
+        return f"<Snapshot id={self.id!r} name={self.name!r} size={self.size}>"
+
+
+class Image:
+    """An open qcow2 image. Use it in a `with` statement, or close() it; files opened from it end with it."""
+
+    def __init__(self, node: Qcow2Node) -> None:
+        self.node = node
+        self.active = Disk(node)
+
+    @property
+    def size(self) -> int:
+        """Of the active disk, in bytes."""
+        return self.node.size
+
+    @property
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """All that can be read, in the order of the image's table."""
+        return tuple(Snapshot(self.node, info) for info in self.node.snapshots())
+
+    def snapshot(self, ref: str) -> Snapshot:
+        """By NAME, name=NAME, id=ID, or id=ID,name=NAME. Raises SnapshotNotFound, SnapshotAmbiguous."""
+        return Snapshot(self.node, self.node.find_snapshot(ref))
+
+    def close(self) -> None:
+        self.node.close()
+
+    def __enter__(self) -> Image:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class NodeFile(io.RawIOBase):
+    """A node as a file. The position is the file's only state; several threads want a file each, or pread()."""
+
+    def __init__(self, node: BlockNode) -> None:
+        self._node = node
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._node.size}.get(whence)
+        if base is None:
+            raise ValueError(f"whence {whence} is not 0, 1 or 2")
+        if base + offset < 0:
+            raise ValueError(f"position {base + offset} is before the start")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        """Fill the buffer, less only at the end."""
+        self._checkClosed()  # type: ignore[attr-defined]
+        view = memoryview(buffer).cast("B")
+        start = self._position
+        count = max(0, min(len(view), self._node.size - start))
+        if count:
+            self._node.preadv(start, [view[:count]])
+        self._position = start + count
+        return count
+
+    def readall(self) -> bytes:
+        rest = max(0, self._node.size - self._position)
+        buffer = bytearray(rest)
+        self.readinto(buffer)
+        return bytes(buffer)
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """Bytes at an offset, whatever the position is: for threads that share a file. Short at the end."""
+        return self._node.pread(offset, max(0, min(length, self._node.size - offset)))
