@@ -1,0 +1,54 @@
+# What developers and CI run. Each target sets up what it needs, in .venv.
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Commands that the tests and benchmarks run, each with the Debian package that has it.
+TEST_TOOLS := qemu-img:qemu-utils qemu-system-x86_64:qemu-system-x86 nbdcopy:libnbd-bin nbdsh:python3-libnbd \
+	nbdkit:nbdkit fio:fio
+BENCH_TOOLS := qemu-img:qemu-utils
+
+# Two workers, each with a whole test file at a time.
+PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+
+.PHONY: help demo test check bench lint clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-5s  %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/installed  ## list, serve and read back a snapshot of a shipped image; needs Python only
+	@$(BIN)/python scripts/demo.py
+
+check: lint  ## the linters and the quick tests, in about a minute
+	$(PYTEST) -q -m 'not slow' --ignore tests/differential tests
+
+test: tools lint  ## the linters and all tests; installs the Debian packages they need
+	$(PYTEST) tests
+
+bench: $(VENV)/installed  ## ratios against QEMU's tools; ARGS=--quick for smaller images
+	@scripts/require-tools $(BENCH_TOOLS)
+	@$(BIN)/python -m tests.benchmarks $(ARGS)
+
+clean:  ## remove all that these targets made
+	rm -rf $(VENV) .bench-cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: tools
+tools:
+	@scripts/require-tools $(TEST_TOOLS)
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check --quiet
+	$(BIN)/ruff format --check --quiet
+	$(BIN)/mypy --no-error-summary
+	$(BIN)/lint-imports
+
+# What users install, then what developers need on top.
+$(VENV)/installed: pyproject.toml
+	scripts/make-venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
