@@ -1,0 +1,80 @@
+"""`qcow2snap serve`: all snapshots of an image over NBD, each an export under its name, until a signal comes."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+
+import click
+
+from formats.nbd import NBD_PORT
+from qcow2snap.cli import options
+from qcow2snap.nbd.export import exports_of
+from qcow2snap.nbd.server import Listener, Server, listen_tcp, listen_unix
+
+# Bytes of URIs that are printed at most: half of what a pipe holds, so that nobody has to read for us to go on.
+_MAX_URIS = 1 << 15
+
+
+@click.command("serve")
+@options.image_argument
+@options.snapshot_option
+@click.option("-k", "--socket", "path", metavar="PATH", help="Listen on a Unix socket.")
+@click.option("-b", "--bind", "host", metavar="ADDR", help="Listen on a TCP address.  [default: 127.0.0.1]")
+@click.option("-p", "--port", type=click.IntRange(0, 65535), help=f"TCP port; 0: any.  [default: {NBD_PORT}]")
+@options.sharing_options
+@click.option("--max-connections", type=click.IntRange(1), default=512, show_default=True, metavar="N")
+@click.option(
+    "--handshake-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Cut off a client that has chosen no export by then.",
+)
+def command(
+    image: str,
+    snapshot: str | None,
+    path: str | None,
+    host: str | None,
+    port: int | None,
+    force_share: bool,
+    allow_paths: tuple[str, ...],
+    max_connections: int,
+    handshake_timeout: float,
+) -> None:
+    """Export the snapshots of IMAGE over NBD, read-only.
+
+    The active disk is the default export (not with -U: it is changing), each snapshot the export of its name, and its
+    VM state vmstate:NAME. With -s that snapshot is the default export, and the only one. Every snapshot also answers
+    to id=ID. Prints the exports' URIs, and serves until SIGINT or SIGTERM.
+    """
+    if path is not None and (host is not None or port is not None):
+        raise click.UsageError("-k/--socket goes with neither -b/--bind nor -p/--port.")
+    logging.basicConfig(format="qcow2snap: %(message)s", level=logging.WARNING)
+    node = options.open_for(image, force_share=force_share, allow_paths=allow_paths)
+    try:
+        exports = exports_of(node, snapshot=snapshot, active=not force_share)
+        # Every thread inherits this mask, so that the signals that end us wait here for `sigwait`.
+        signals = {signal.SIGINT, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        listener = listen_unix(path) if path else listen_tcp(host or "127.0.0.1", NBD_PORT if port is None else port)
+        names = [export.name for export in exports]
+        with Server(exports, [listener], max_connections=max_connections, handshake_timeout=handshake_timeout):
+            _print_uris(listener, names)
+            signal.sigwait(signals)
+    finally:
+        node.close()
+
+
+def _print_uris(listener: Listener, names: list[str]) -> None:
+    printed = 0
+    for number, name in enumerate(names):
+        line = f"{listener.uri._replace(export=name)}\n"
+        printed += len(line)
+        if printed > _MAX_URIS and number:
+            print(f"qcow2snap: {len(names) - number} more exports: nbdinfo --list '{listener.uri}'", file=sys.stderr)
+            break
+        sys.stdout.write(line)
+    sys.stdout.flush()
