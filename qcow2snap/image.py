@@ -6,6 +6,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ class Disk:
         return self.node.size
 
     def open(self) -> io.RawIOBase:
-        """As a file: seekable, read-only, safe to use from several threads. Wrap it in io.BufferedReader for small reads."""
+        """As a file: seekable, read-only, for any thread. Wrap it in io.BufferedReader for small reads."""
         return NodeFile(self.node)
 
     def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
@@ -136,11 +137,15 @@ class Image:
 
 
 class NodeFile(io.RawIOBase):
-    """A node as a file. The position is the file's only state; several threads want a file each, or pread()."""
+    """A node as a file. Its only state is the position: each read takes its range and moves on in one step.
+
+    Threads that seek want a file each, or pread().
+    """
 
     def __init__(self, node: BlockNode) -> None:
         self._node = node
         self._position = 0
+        self._lock = Lock()
 
     def readable(self) -> bool:
         return True
@@ -157,18 +162,21 @@ class NodeFile(io.RawIOBase):
             raise ValueError(f"whence {whence} is not 0, 1 or 2")
         if base + offset < 0:
             raise ValueError(f"position {base + offset} is before the start")
-        self._position = base + offset
-        return self._position
+        with self._lock:
+            self._position = base + offset
+            return self._position
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         """Fill the buffer, less only at the end."""
-        self._checkClosed()  # type: ignore[attr-defined]
+        if self.closed:
+            raise ValueError("I/O operation on closed file")
         view = memoryview(buffer).cast("B")
-        start = self._position
-        count = max(0, min(len(view), self._node.size - start))
+        with self._lock:
+            start = self._position
+            count = max(0, min(len(view), self._node.size - start))
+            self._position = start + count
         if count:
             self._node.preadv(start, [view[:count]])
-        self._position = start + count
         return count
 
     def readall(self) -> bytes:

@@ -70,7 +70,7 @@ class FileNode(BlockNode):
 
     def preadv_available(self, offset: int, buffers: Sequence[Buffer]) -> int:
         """Fill the buffers as far as the file reaches, the rest with zeros; returns the number of these zeros."""
-        views = [view for view in map(memoryview, buffers) if view]
+        views = [memoryview(buffer) for buffer in buffers if len(buffer)]
         while views:
             try:
                 count = os.preadv(self._fd, views[:_IOV_MAX], offset)

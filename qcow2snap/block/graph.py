@@ -1,7 +1,7 @@
-"""From a file name or blockdev options (QEMU's names) to a graph of nodes. Opens children, and closes them on failure.
+"""From a file name or blockdev options (QEMU's names) to a graph of nodes. Opens children, closes them on failure.
 
-What an image refers to (backing file, external data file, json: names) goes through ReferencePolicy. Chains are bounded,
-and loops refused.
+What an image refers to (backing file, external data file, json: names) goes through ReferencePolicy. Chains are
+bounded, and loops refused.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class OpenOptions(NamedTuple):
 
 
 class Link(NamedTuple):
-    """One image of a backing chain, as `info` tells it: `node`, or why it cannot be opened."""
+    """One image of a backing chain below the first: what the image above calls it, and its node or why it has none."""
 
     reference: str
-    format: str | None
+    format: str | None  # as stated by the image above
     node: BlockNode | None
     error: Qcow2SnapError | None
 
@@ -47,7 +47,28 @@ def open_image(filename: str, options: OpenOptions = OpenOptions(), *, with_chil
 
     Without `with_children` neither backing nor data file is opened: the image can be described, not read.
     """
-    return _Opener(filename, options).qcow2(filename, with_children=with_children)
+    return _Opener(filename, options, with_children).qcow2(filename)
+
+
+def backing_chain(filename: str, options: OpenOptions = OpenOptions()) -> list[Link]:  # noqa: B008
+    """The images below one, as far as they can be opened; nodes are opened to be described, and are the caller's."""
+    opener = _Opener(filename, options, with_children=False)
+    above: BlockNode | None = opener.qcow2(filename)
+    links: list[Link] = []
+    while isinstance(above, Qcow2Node) and above.header.backing_file is not None:
+        reference = as_text(above.header.backing_file)
+        node, error = None, None
+        try:
+            node = opener.backing(reference, above.header.backing_format, above.file, {})
+        except Qcow2SnapError as refused:
+            error = refused
+        links.append(Link(reference, above.header.backing_format, node, error))
+        if len(links) == 1:
+            above.close()
+        above = node
+    if not links and above is not None:
+        above.close()
+    return links
 
 
 def probe(file: FileNode) -> str:
@@ -79,16 +100,15 @@ _MAGICS = (
 class _Opener:
     """Opens one graph: knows what may be followed, and what is open on the way down."""
 
-    def __init__(self, filename: str, options: OpenOptions) -> None:
+    def __init__(self, filename: str, options: OpenOptions, with_children: bool) -> None:
         self._options = options
+        self._with_children = with_children
         self._policy = ReferencePolicy(filename, options.allow_paths)
         self._open: list[tuple[int, int]] = []  # identities of the chain's images, top first
 
-    def qcow2(
-        self, filename: str, *, with_children: bool = True, children: Mapping[str, Any] | None = None
-    ) -> Qcow2Node:
+    def qcow2(self, filename: str, *, children: Mapping[str, Any] | None = None) -> Qcow2Node:
         """A qcow2 image by the path to open. `children` overrides what the image says of `backing` and `data-file`."""
-        file = self._file(filename, Locking.DATA if with_children else Locking.METADATA)
+        file = self._file(filename)
         nodes: list[BlockNode] = [file]
         try:
             self._enter(file)
@@ -97,17 +117,17 @@ class _Opener:
             except (ImageFormatError, UnsupportedFeature) as error:
                 raise _explained(error, file) from None
             data_file = backing = None
-            if with_children:
+            if self._with_children:
                 data_file = self._data_file(header.data_file, header.has_data_file, file, children or {})
                 nodes += [data_file] if data_file else []
                 reference = None if header.backing_file is None else as_text(header.backing_file)
-                backing = self._backing(reference, header.backing_format, file, children or {})
+                backing = self.backing(reference, header.backing_format, file, children or {})
             return Qcow2Node(
                 file,
                 header,
                 data_file=data_file,
                 backing=backing,
-                has_children=with_children,
+                has_children=self._with_children,
                 table_cache_size=self._options.table_cache_size,
                 cluster_cache_size=self._options.cluster_cache_size,
             )
@@ -116,8 +136,10 @@ class _Opener:
                 node.close()
             raise
 
-    def _file(self, filename: str, locking: Locking = Locking.DATA) -> FileNode:
-        return FileNode(filename, locking=Locking.NONE if self._options.force_share else locking)
+    def _file(self, filename: str) -> FileNode:
+        if self._options.force_share:
+            return FileNode(filename, locking=Locking.NONE)
+        return FileNode(filename, locking=Locking.DATA if self._with_children else Locking.METADATA)
 
     def _enter(self, file: FileNode) -> None:
         if file.identity in self._open:
@@ -147,9 +169,10 @@ class _Opener:
             return self._data_file(None, True, file, {"data-file": _json_options(reference, file.filename)})
         return self._file(self._policy.resolve(reference, file.filename))
 
-    def _backing(
+    def backing(
         self, reference: str | None, stated_format: str | None, file: FileNode, children: Mapping[str, Any]
     ) -> BlockNode | None:
+        """The backing node of the image in `file`, if it has one."""
         if "backing" in children:
             override = children["backing"]
             return None if override is None else self._from_options(override, file.filename)
@@ -165,11 +188,11 @@ class _Opener:
     def _image(self, path: str, image_format: str | None, children: Mapping[str, Any] | None = None) -> BlockNode:
         """An image of a stated or guessed format."""
         if image_format is None:
-            with_guess = self._file(path, Locking.NONE)
+            unknown = FileNode(path, locking=Locking.NONE)
             try:
-                image_format = probe(with_guess)
+                image_format = probe(unknown)
             finally:
-                with_guess.close()
+                unknown.close()
         if image_format == "qcow2":
             return self.qcow2(path, children=children)
         if image_format in ("raw", "file", "host_device"):

@@ -69,7 +69,7 @@ class SnapshotInfo(NamedTuple):
     date_nsec: int
     vm_clock_nsec: int
     icount: int | None  # None: record/replay was off
-    index: int = 0  # position in the table
+    position: int = 0  # in the table
     host_offset: int = 0  # where the entry starts in the image file
 
     def __str__(self) -> str:

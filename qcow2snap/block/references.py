@@ -33,9 +33,7 @@ class ReferencePolicy:
         name = reference.removeprefix("file:")
         protocol = _PROTOCOL.match(name)
         if protocol and name == reference:
-            raise ReferenceRefused(
-                f"{referrer}: refers to {reference!r}; the protocol {protocol[1]!r} is not followed"
-            )
+            raise ReferenceRefused(f"{referrer}: refers to {reference!r}; the protocol {protocol[1]!r} is not followed")
         path = os.path.join(os.path.dirname(referrer), name)
         try:
             real = os.path.realpath(path)

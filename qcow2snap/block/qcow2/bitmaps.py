@@ -55,9 +55,7 @@ def read_bitmap_directory(file: FileNode, header: ImageHeader) -> tuple[BitmapIn
                 offset + position + 17, f"granularity 2^{entry.granularity_bits} of a bitmap is impossible"
             )
         bitmaps.append(BitmapInfo(as_text(entry.name), 1 << entry.granularity_bits, int(entry.flags)))
-        position += (
-            layout.BITMAP_DIRECTORY_ENTRY_LENGTH + len(entry.extra_data) + len(entry.name) + len(entry.padding)
-        )
+        position += layout.BITMAP_DIRECTORY_ENTRY_LENGTH + len(entry.extra_data) + len(entry.name) + len(entry.padding)
     return tuple(bitmaps)
 
 

@@ -1,8 +1,8 @@
 """Compressed clusters: from an L2 entry to the bytes of a cluster, the last of them kept within a budget of bytes.
 
 Fast path: libdeflate, or one zstd decompressor for each thread; both let go of the GIL. libdeflate wants a stream that
-ends where the cluster does, which QEMU always writes; whatever it refuses is tried again with zlib, which reads what the
-specification allows: "decompression stops when it has produced a cluster of data".
+ends where the cluster does, which QEMU always writes; whatever it refuses is tried again with zlib, which reads what
+the specification allows: "decompression stops when it has produced a cluster of data".
 """
 
 from __future__ import annotations

@@ -89,10 +89,9 @@ class Qcow2Node(BlockNode, SnapshotAccess):
             found.append("the image is marked dirty: it was not closed cleanly; refcounts may be stale, data is not")
         if self.snapshot_table.damage is not None:
             read = len(self.snapshot_table.entries)
-            unread = self.header.nb_snapshots - read
             found.append(
-                f"{unread} of {self.header.nb_snapshots} snapshots cannot be read, from entry {read + 1} on: "
-                f"{self.snapshot_table.damage}"
+                f"{self.header.nb_snapshots - read} of {self.header.nb_snapshots} snapshots cannot be read, from entry "
+                f"{read + 1} on: {self.snapshot_table.damage}"
             )
         return found
 
@@ -133,7 +132,7 @@ class Qcow2Node(BlockNode, SnapshotAccess):
         # Its place follows from the snapshot's own size; a backing file has nothing to say there.
         return View(
             self._image,
-            self._snapshot_l1(self._entry(snapshot)),
+            self.l1_table(snapshot),
             start=self.header.vm_state_offset(snapshot.size),
             size=snapshot.vm_state_size,
             has_backing=False,
@@ -144,20 +143,23 @@ class Qcow2Node(BlockNode, SnapshotAccess):
     def active_view(self) -> View:
         from qcow2snap.block.qcow2.view import View
 
-        l1 = self._l1(self.header.l1_table_offset, self.header.l1_size)
-        return View(self._image, l1, start=0, size=self.size, has_backing=True)
+        return View(self._image, self.l1_table(None), start=0, size=self.size, has_backing=True)
+
+    def l1_table(self, snapshot: SnapshotInfo | None) -> L1Table:
+        """The L1 table of a snapshot, or of the active disk."""
+        if snapshot is None:
+            return self._l1(self.header.l1_table_offset, self.header.l1_size)
+        return self._snapshot_l1(self._entry(snapshot))
 
     def snapshot_view(self, snapshot: SnapshotInfo) -> View:
         from qcow2snap.block.qcow2.view import View
 
-        return View(
-            self._image, self._snapshot_l1(self._entry(snapshot)), start=0, size=snapshot.size, has_backing=True
-        )
+        return View(self._image, self.l1_table(snapshot), start=0, size=snapshot.size, has_backing=True)
 
     def _entry(self, snapshot: SnapshotInfo) -> TableEntry:
         entries = self.snapshot_table.entries
-        if snapshot.index < len(entries) and entries[snapshot.index].info == snapshot:
-            return entries[snapshot.index]
+        if snapshot.position < len(entries) and entries[snapshot.position].info == snapshot:
+            return entries[snapshot.position]
         raise SnapshotNotFound(f"{self.filename}: snapshot {snapshot} is not in the table")
 
     def _snapshot_l1(self, entry: TableEntry) -> L1Table:

@@ -210,10 +210,7 @@ def _judge_features(fields: Container) -> None:
         raise rules.HEADER_COMPRESSION.broken(
             72, f"the compression type is {fields.compression_type} but its feature bit is {state}"
         )
-    if (
-        features & IncompatibleFeature.EXTENDED_L2_ENTRIES
-        and fields.cluster_bits < layout.MIN_CLUSTER_BITS_EXTENDED_L2
-    ):
+    if features & IncompatibleFeature.EXTENDED_L2_ENTRIES and fields.cluster_bits < layout.MIN_CLUSTER_BITS_EXTENDED_L2:
         raise rules.HEADER_CLUSTER_BITS.broken(
             20, f"cluster size 2^{fields.cluster_bits} is too small for extended L2 entries, which need 2^14"
         )

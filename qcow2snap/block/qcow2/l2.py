@@ -1,9 +1,9 @@
 """Decoded L2 tables, kept by host offset within a budget of bytes, shared by all snapshots.
 
 A table of 8,192 entries is decoded once, with numpy, into runs: neighbours of one kind whose host clusters follow each
-other. Looking a guest offset up is then one bisection. Most tables are one run, so that is tested before anything finer
-(1 TiB of preallocated metadata is 2,048 tables of one run each). Nothing is read here but tables, and nothing is judged:
-an entry that cannot be right becomes a run of kind INVALID, which whoever reads it turns into an error.
+other. Looking a guest offset up is then one bisection. Most tables are one run, so that is tested before anything
+finer (1 TiB of preallocated metadata is 2,048 tables of one run each). Nothing is read here but tables, and nothing is
+judged: an entry that cannot be right becomes a run of kind INVALID, which whoever reads it turns into an error.
 """
 
 from __future__ import annotations
@@ -229,9 +229,7 @@ def _runs(
     )
 
 
-def _join(
-    parts: list[tuple[int, array[int], bytes, array[int]]], unit: int
-) -> tuple[array[int], bytes, array[int]]:
+def _join(parts: list[tuple[int, array[int], bytes, array[int]]], unit: int) -> tuple[array[int], bytes, array[int]]:
     """Runs of slices as runs of the whole; a run that goes on in the next slice is one."""
     starts, kinds, hosts = array("I"), bytearray(), array("Q")
     for first, part_starts, part_kinds, part_hosts in parts:

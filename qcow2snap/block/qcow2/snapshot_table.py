@@ -75,7 +75,7 @@ def _read_entry(window: _Window, header: ImageHeader, position: int, index: int)
         date_nsec=fields.date_nsec,
         vm_clock_nsec=fields.vm_clock_nsec,
         icount=None if fields.icount in (None, layout.ICOUNT_OFF) else fields.icount,
-        index=index,
+        position=index,
         host_offset=position,
     )
     return TableEntry(info, fields.l1_table_offset, fields.l1_size, raw)

@@ -1,4 +1,4 @@
-"""One state of the disk seen through its L1 table: the active disk, a snapshot, or a VM state. Reads, maps; owns nothing.
+"""One state of the disk through its L1 table: the active disk, a snapshot, or a VM state. Reads and maps; owns nothing.
 
 This is the reading half of QEMU's qcow2-cluster.c and qcow2_co_preadv/qcow2_co_block_status (block/qcow2.c), with the
 L1 table, the size and the start given instead of taken from the active disk.
@@ -30,12 +30,8 @@ _L1_OFFSET = L1TableEntry.mask("offset")
 # Operations on flags cost a microsecond each: these are made once.
 _ALLOCATED_DATA = Status.DATA | Status.ALLOCATED
 _ALLOCATED_HOLE = Status.DATA | Status.ALLOCATED | Status.ZERO
-_STATUS = {
-    Kind.ZERO_PLAIN: Status.ZERO | Status.ALLOCATED,
-    Kind.ZERO_ALLOC: Status.ZERO | Status.ALLOCATED,
-    Kind.NORMAL: _ALLOCATED_DATA,
-    Kind.COMPRESSED: _ALLOCATED_DATA | Status.COMPRESSED,
-}
+_ALLOCATED_ZERO = Status.ZERO | Status.ALLOCATED
+_COMPRESSED = Status.DATA | Status.ALLOCATED | Status.COMPRESSED
 
 
 class L1Table:
@@ -160,7 +156,7 @@ class View(BlockNode):
         cursor = Cursor(buffers)
         self.check_range(offset, cursor.remaining)
         if self._image.is_encrypted:
-            raise UnsupportedFeature(f"{self._image.file.filename}: the image is encrypted; its data cannot be read yet")
+            raise UnsupportedFeature(f"{self._image.file.filename}: is encrypted; its data cannot be read yet")
         for mapping in self.mappings(offset, cursor.remaining):
             kind = mapping.kind
             if kind == Kind.NORMAL:
@@ -194,13 +190,15 @@ class View(BlockNode):
                 else:
                     yield Extent(mapping.offset, mapping.length, _ALLOCATED_DATA, 0, data_file, host)
             elif kind == Kind.ZERO_ALLOC:
-                yield Extent(mapping.offset, mapping.length, _STATUS[kind], 0, data_file, mapping.host)
-            elif kind in (Kind.ZERO_PLAIN, Kind.COMPRESSED):
-                yield Extent(mapping.offset, mapping.length, _STATUS[kind])
+                yield Extent(mapping.offset, mapping.length, _ALLOCATED_ZERO, 0, data_file, mapping.host)
+            elif kind == Kind.ZERO_PLAIN:
+                yield Extent(mapping.offset, mapping.length, _ALLOCATED_ZERO)
+            elif kind == Kind.COMPRESSED:
+                yield Extent(mapping.offset, mapping.length, _COMPRESSED)
             elif kind == Kind.INVALID:
                 raise self._invalid(mapping)
             else:
-                yield from self._extents_below(mapping, want_zero)
+                yield from self._extents_below(mapping, want_zero, data_file)
 
     def _with_holes(self, offset: int, length: int, host: int) -> Iterator[Extent]:
         """Allocated clusters, those parts zero as well that are holes of the file (QEMU: BDRV_BLOCK_RECURSE)."""
@@ -212,14 +210,18 @@ class View(BlockNode):
             offset += count
             host += count
 
-    def _extents_below(self, mapping: Mapping, want_zero: bool) -> Iterator[Extent]:
+    def _extents_below(self, mapping: Mapping, want_zero: bool, data_file: FileNode | None) -> Iterator[Extent]:
         """What an unallocated run reads as: the backing file as far as it reaches, then zeros."""
         from_backing = self._length_in_backing(mapping.offset, mapping.length)
         if from_backing and self._backing is not None:
             for extent in self._backing.block_status(mapping.offset, from_backing, want_zero=want_zero):
                 yield extent._replace(depth=extent.depth + 1)
         if from_backing < mapping.length:
-            yield Extent(mapping.offset + from_backing, mapping.length - from_backing, Status.ZERO)
+            offset, length = mapping.offset + from_backing, mapping.length - from_backing
+            if mapping.kind == Kind.UNALLOCATED_ALLOC:
+                yield Extent(offset, length, Status.ZERO, 0, data_file, mapping.host + from_backing)
+            else:
+                yield Extent(offset, length, Status.ZERO)
 
     def _read_below(self, offset: int, cursor: Cursor, length: int) -> None:
         from_backing = self._length_in_backing(offset, length)

@@ -1,0 +1,90 @@
+"""The command line: one file per command, loaded when called, and what all of them share: errors and exit codes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+from qcow2snap import __version__
+from qcow2snap.block.node import Qcow2SnapError
+
+# Name and one line of help, so that `--help` imports no command.
+_COMMANDS = {
+    "list": "List the snapshots of an image.",
+    "info": "Describe an image: its size, format, features, snapshots and chain.",
+    "map": "Show which parts of a disk or snapshot are allocated, and where they lie.",
+    "extract": "Copy a disk, a snapshot or a VM state to a raw file.",
+    "digest": "Hash snapshots, and check them against a manifest.",
+    "serve": "Export all snapshots over NBD.",
+}
+
+
+class _LazyGroup(click.Group):
+    """A group that imports a command's module when the command is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        from importlib import import_module
+
+        command: click.Command = import_module(f"qcow2snap.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            from difflib import get_close_matches
+
+            near = get_close_matches(args[0], _COMMANDS, n=1)
+            if not near:
+                raise
+            raise click.UsageError(f"No such command {args[0]!r}. Did you mean {near[0]!r}?", ctx) from error
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, "-V", "--version", prog_name="qcow2snap")
+def cli() -> None:
+    """Get at the internal snapshots of qcow2 disk images. The image is never written."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 could not (one line on stderr), 2 usage; 128 + N for signal N."""
+    try:
+        result = cli.main(args, prog_name="qcow2snap", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(result if isinstance(result, int) else 0)
+    except click.ClickException as error:  # usage
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except Qcow2SnapError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # the reader of our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(141)
+        name = f"{error.filename}: " if error.filename else ""
+        _fail(f"{name}{error.strerror or error}")
+    except MemoryError:
+        _fail("not enough memory")
+
+
+def _fail(message: str) -> None:
+    line = " ".join(message.split())
+    print(f"qcow2snap: {line}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,96 @@
+"""Options that commands share, and the image that they open. Each means the same everywhere."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from qcow2snap.block.graph import OpenOptions, open_image
+from qcow2snap.block.node import BlockNode
+from qcow2snap.block.qcow2.driver import Qcow2Node
+from qcow2snap.block.snapshot_access import SnapshotAccessNode
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Size(click.ParamType["int"]):
+    """A number of bytes, with QEMU's suffixes: 512, 64k, 10M, 1G, 2T, 0x200."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(0x[0-9a-fA-F]+|[0-9]+)([bkKMGTPE]?)", value)
+        if not match:
+            self.fail(f"{value!r} is not a number of bytes (512, 64k, 10M, 0x200)", param, ctx)
+        return int(match[1], 0 if match[1].startswith("0x") else 10) << _SHIFTS[match[2]]
+
+
+_SHIFTS = {"": 0, "b": 0, "k": 10, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
+
+
+def image_argument(function: F) -> F:
+    return click.argument("image", metavar="IMAGE")(function)
+
+
+def snapshot_option(function: F) -> F:
+    return click.option(
+        "-s",
+        "--snapshot",
+        "-l",
+        "snapshot",
+        metavar="REF",
+        help="NAME, name=NAME, id=ID, or both (id=3,name=x). Default: the active disk.",
+    )(function)
+
+
+def sharing_options(function: F) -> F:
+    """-U/--force-share and --allow-path."""
+    function = click.option(
+        "--allow-path",
+        "allow_paths",
+        metavar="DIR",
+        multiple=True,
+        help="Also follow backing and data files in this directory. Repeatable.",
+    )(function)
+    return click.option(
+        "-U", "--force-share", is_flag=True, help="Read an image that another process has open for writing."
+    )(function)
+
+
+def json_option(function: F) -> F:
+    """--json, and qemu-img's --output=json for those who know it."""
+
+    def choose(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
+        if value == "json":
+            ctx.params["as_json"] = True
+
+    function = click.option(
+        "--output", type=click.Choice(["human", "json"]), callback=choose, expose_value=False, hidden=True
+    )(function)
+    return click.option("--json", "as_json", is_flag=True, help="JSON, with qemu-img's field names.")(function)
+
+
+def open_for(
+    image: str, *, force_share: bool, allow_paths: tuple[str, ...] = (), with_children: bool = True
+) -> Qcow2Node:
+    """Open the image of a command, with its warnings on stderr."""
+    node = open_image(image, OpenOptions(force_share, allow_paths), with_children=with_children)
+    for warning in node.warnings:
+        print(f"qcow2snap: warning: {image}: {warning}", file=sys.stderr)
+    return node
+
+
+def choose(image: Qcow2Node, snapshot: str | None, vm_state: bool) -> BlockNode:
+    """What -s and --vm-state select: the active disk, a snapshot, or its VM state."""
+    if snapshot is not None:
+        access = SnapshotAccessNode(image, snapshot)
+        return image.vm_state(access.snapshot) if vm_state else access
+    if vm_state:
+        raise click.UsageError("--vm-state needs -s: a VM state belongs to a snapshot")
+    return image

@@ -1,0 +1,57 @@
+"""How numbers, times and tables are written for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+from qcow2snap.block.snapshot_ref import shown
+
+__all__ = ["clock", "date", "json_text", "size", "table"]
+
+
+def size(nbytes: int) -> str:
+    """As QEMU writes sizes: three digits and a binary unit."""
+    value, units = float(nbytes), iter(("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
+    unit = next(units)
+    while value >= 1000:
+        following = next(units, None)
+        if following is None:
+            break
+        value, unit = value / 1024, following
+    return f"{value:.3g} {unit}" if value < 1000 else f"{value:.0f} {unit}"
+
+
+def date(seconds: int) -> str:
+    """Local time."""
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def clock(nanoseconds: int) -> str:
+    """Hours, minutes, seconds and milliseconds."""
+    seconds, rest = divmod(nanoseconds, 1_000_000_000)
+    return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{rest // 1_000_000:03}"
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str]) -> list[str]:
+    """Lines of aligned columns: those named in `left` to the left, others to the right."""
+    columns = list(zip(headings, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for row in (headings, *rows):
+        cells = [
+            cell.ljust(width) if heading in left else cell.rjust(width)
+            for heading, cell, width in zip(headings, row, widths, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def json_text(text: str) -> str:
+    """A name for JSON, which can hold all but bytes that are not UTF-8: these escaped as \\xNN."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def name(text: str) -> str:
+    """A name for people, on one line."""
+    return shown(text)
