@@ -40,7 +40,7 @@ class Range(click.ParamType[tuple[int, int | None]]):
 @click.argument("out", metavar="OUT")
 @options.snapshot_option
 @click.option("--vm-state", is_flag=True, help="The VM state saved with the snapshot, not its disk.")
-@click.option("--range", "wanted", type=Range(), default=(0, None), help="Only these bytes, such as 1M:64k.")
+@click.option("--range", "wanted", type=Range(), help="Only these bytes, such as 1M:64k.")
 @click.option("--skip-damaged", is_flag=True, help="Go on at damage; list what is missing in OUT.holes.json.")
 @click.option("-f", "--force", is_flag=True, help="Overwrite OUT.")
 @options.sharing_options
@@ -49,7 +49,7 @@ def command(
     out: str,
     snapshot: str | None,
     vm_state: bool,
-    wanted: tuple[int, int | None],
+    wanted: tuple[int, int | None] | None,
     skip_damaged: bool,
     force: bool,
     force_share: bool,
@@ -58,7 +58,7 @@ def command(
     """Copy a disk, a snapshot or a VM state of IMAGE to the raw, sparse file OUT; - is standard output."""
     disk = options.open_for(image, force_share=force_share, allow_paths=allow_paths)
     node = options.choose(disk, snapshot, vm_state)
-    start, length = wanted
+    start, length = wanted or (0, None)
     if start > node.size or (length is not None and start + length > node.size):
         raise OutOfRange(f"the range ends beyond the end, which is at {node.size}")
     length = node.size - start if length is None else length
