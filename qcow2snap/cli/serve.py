@@ -69,12 +69,13 @@ def command(
 
 
 def _print_uris(listener: Listener, names: list[str]) -> None:
-    printed = 0
+    """One line for each export, in one write."""
+    text = ""
     for number, name in enumerate(names):
         line = f"{listener.uri._replace(export=name)}\n"
-        printed += len(line)
-        if printed > _MAX_URIS and number:
+        if number and len(text) + len(line) > _MAX_URIS:
             print(f"qcow2snap: {len(names) - number} more exports: nbdinfo --list '{listener.uri}'", file=sys.stderr)
             break
-        sys.stdout.write(line)
+        text += line
+    sys.stdout.write(text)
     sys.stdout.flush()

@@ -44,7 +44,7 @@ SPIN_PAYS = 100e-6  # seconds: the next request came this soon, so a spin could 
 _MAGIC = nbd.NBD_STRUCTURED_REPLY_MAGIC
 
 
-class CutOff(Exception):  # noqa: N818 - what is done, not what was wrong
+class CutOff(Exception):
     """There is no way left to say that something failed but to end the connection."""
 
 

@@ -46,7 +46,7 @@ class Agreement(NamedTuple):
         return flags
 
 
-class _Refused(Exception):  # noqa: N818 - an answer, not a fault
+class _Refused(Exception):
     """An option's answer is this error."""
 
     def __init__(self, reply_type: ReplyType, text: str) -> None:

@@ -62,9 +62,9 @@ def listen_unix(path: str) -> Listener:
     except FileError:
         sock.close()
         raise
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         sock.close()
-        raise FileError(f"{path}: cannot listen there: {error.strerror or error}") from error
+        raise FileError(f"{path}: cannot listen there: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _remove_stale(path: str) -> None:

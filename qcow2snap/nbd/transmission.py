@@ -32,7 +32,7 @@ class Request(NamedTuple):
     length: int
 
 
-class Refused(Exception):  # noqa: N818 - an answer, not a fault
+class Refused(Exception):
     """A request's answer is this error."""
 
     def __init__(self, error: Errno, text: str) -> None:

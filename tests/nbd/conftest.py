@@ -1,0 +1,41 @@
+"""Fixtures for the tests of the NBD server and client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qcow2snap.nbd.export import Exports
+from qcow2snap.nbd.server import Server, listen_unix
+from tests.nbd.support import NewNode, PatchworkNode, Serve
+
+
+@pytest.fixture
+def new_node(tmp_path: Path) -> Iterator[NewNode]:
+    nodes = []
+
+    def make(*runs: tuple[str, int], stable: bool = True) -> PatchworkNode:
+        nodes.append(PatchworkNode(tmp_path / f"node{len(nodes)}", runs, stable=stable))
+        return nodes[-1]
+
+    yield make
+    for node in nodes:
+        node.close()
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Serve exports on a Unix socket; gives the running server."""
+    servers = []
+
+    def start(what: Exports, **options: float) -> Server:
+        server = Server(what, [listen_unix(str(tmp_path / f"s{len(servers)}"))], **options)  # type: ignore[arg-type]
+        servers.append(server)
+        server.start()
+        return server
+
+    yield start
+    for server in servers:
+        server.stop()
