@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support import Image, Library, Result
 from tests.support import run as run_cli
 
 NewImage = Callable[..., Image]
+
+# Machines are shared and noisy: how long one example takes says nothing about the code.
+settings.register_profile("qcow2snap", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("qcow2snap")
 
 
 @pytest.fixture

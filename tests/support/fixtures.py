@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import gzip
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.support.files import copy_with_holes
 from tests.support.table import patch
 from tests.support.tools import REPOSITORY
 
@@ -107,7 +107,7 @@ class Library:
         sound = self.path(damaged.of)
         target = sound.with_name(f"{damaged.name}{sound.suffix}")
         if not target.exists():
-            shutil.copyfile(sound, target)
+            copy_with_holes(sound, target)
             for change in damaged.changes:
                 patch(target, change["offset"], bytes.fromhex(change["now"]))
             if damaged.truncate is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +14,8 @@ from typing import Self
 import crcmod.predefined
 
 from tests.support import table
-from tests.support.tools import qemu_img, qemu_io
+from tests.support.files import copy_with_holes
+from tests.support.tools import ToolFailed, qemu_img, qemu_io
 from tests.support.vm import savevm
 
 PIECE = 1 << 20
@@ -68,10 +68,11 @@ class Image:
     def __init__(self, path: Path) -> None:
         self.file = path
         self.references: list[Reference] = []  # in the order of the snapshot table
+        self.tolerant = False  # qemu-io's failures are no errors: it does not compress what already has space
         self._active: Reference | None = None
         self._commands: list[str] = []
         self._lines = 0
-        self._taken = 0
+        self.taken = 0  # snapshots so far, deleted ones too
         self._beside = path.with_name(f".{path.name}")  # a directory for references and sources of writes
 
     @classmethod
@@ -157,6 +158,17 @@ class Image:
         qemu_img("snapshot", "-a", ref, self.path)
         return self
 
+    def attempt(self, step: Callable[[Image], object]) -> bool:
+        """A step that QEMU may refuse, and which then has changed nothing."""
+        trial = Image(self.copy(f"{self.file.name}.attempt"))
+        try:
+            step(trial)
+        except ToolFailed:
+            trial.file.unlink()
+            return False
+        trial.path.replace(self.file)
+        return True
+
     def patch(self, offset: int, data: bytes) -> Self:
         """Change bytes of the file behind QEMU's back."""
         table.patch(self.path, offset, data)
@@ -182,13 +194,16 @@ class Image:
     def vm_state(self, ref: str) -> bytes:
         """The VM state of a snapshot, by way of a copy that is reverted to it. The disk has to have that size."""
         size = next(entry.full_vm_state_size for entry in self.entries if ref.encode() in (entry.id, entry.name))
-        copy = self.file.with_name(f"{self.file.name}.vm-state")
-        shutil.copyfile(self.path, copy)
+        copy = self.copy(f"{self.file.name}.vm-state")
         qemu_img("snapshot", "-a", ref, copy)
         dump = qemu_io(copy, f"read -b -v 0 {-(-size // 512) * 512}", options=("-r",)).stdout
         copy.unlink()
         rows = (line[11:58] for line in dump.splitlines() if line[8:11] == ":  ")
         return bytes.fromhex(" ".join(rows))[:size]
+
+    @property
+    def version(self) -> int:
+        return table.field(self.path, 4, 4)
 
     @property
     def entries(self) -> list[table.Entry]:
@@ -204,20 +219,20 @@ class Image:
 
     def copy(self, name: str) -> Path:
         """A copy of the file, in the same directory."""
-        return Path(shutil.copyfile(self.path, self.file.with_name(name)))
+        return copy_with_holes(self.path, self.file.with_name(name))
 
     @contextmanager
     def _kept(self, name: str | bytes) -> Iterator[None]:
         """Around the making of a snapshot: converts the disk before, and learns the new snapshot's id after."""
-        self._taken += 1
-        raw = self.convert(f"snapshot-{self._taken}")
+        self.taken += 1
+        raw = self.convert(f"snapshot-{self.taken}")
         yield
         self.references.append(Reference(raw, self.entries[-1].id.decode(), _bytes(name)))
 
     def _flush(self) -> None:
         if self._commands:
             commands, self._commands = self._commands, []
-            qemu_io(self.file, *commands, options=("-f", "qcow2"))
+            qemu_io(self.file, *commands, options=("-f", "qcow2"), check=not self.tolerant)
 
 
 def _option(value: object) -> str:

@@ -18,6 +18,10 @@ TIME_LIMIT = 60  # seconds; no single step of a test may take longer
 Argument = str | bytes | os.PathLike[str]
 
 
+class ToolFailed(AssertionError):
+    """A program that a test relies on did not do what it was asked."""
+
+
 class Result(NamedTuple):
     """What a program said, and how it ended."""
 
@@ -82,11 +86,11 @@ def _finish(
 
 
 def _home(*args: Argument) -> Path | None:
-    """Where QEMU's tools have to run: they look for an external data file from there, not from the image's directory."""
+    """Where QEMU's tools have to run: that is where they look for an external data file, not beside the image."""
     return next((argument.parent for argument in args if isinstance(argument, Path)), None)
 
 
 def _judge(result: Result, what: tuple[Argument, ...], check: bool) -> Result:
     if check and result.returncode != 0:
-        raise AssertionError(f"{what!r} ended with {result.returncode}: {result.stderr}{result.stdout}")
+        raise ToolFailed(f"{what!r} ended with {result.returncode}: {result.stderr}{result.stdout}")
     return result

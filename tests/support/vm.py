@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from tests.support.tools import TIME_LIMIT, require
+from tests.support.tools import TIME_LIMIT, ToolFailed, require
 
 # What it takes to attach a drive named "disk" to each machine.
 _DEVICES = {"microvm": "virtio-blk-device,drive=disk", "pc": "virtio-blk-pci,drive=disk", "none": None}
@@ -25,4 +25,4 @@ def savevm(image: Path, name: str, *, memory: dict[int, int], machine: str = "mi
         command, input=f'savevm "{name}"\nquit\n', text=True, capture_output=True, timeout=TIME_LIMIT, check=False
     )
     if done.returncode != 0 or "Error" in done.stdout:
-        raise AssertionError(f"savevm failed: {done.stderr}{done.stdout}")
+        raise ToolFailed(f"savevm failed: {done.stderr}{done.stdout}")

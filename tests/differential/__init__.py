@@ -1,0 +1,5 @@
+"""What qcow2snap says of an image against what QEMU says of it."""
+
+import pytest
+
+pytest.register_assert_rewrite("tests.differential.judge")
