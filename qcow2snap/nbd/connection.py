@@ -38,7 +38,8 @@ GATHER = 288 << 10  # bytes of replies in one send: 64 of 4 KiB or one of 256 Ki
 PIECE = 1 << 18  # bytes read at once
 SENDFILE = 1 << 15  # bytes from which on sendfile is worth its two system calls
 SPIN = 40  # non-blocking tries, about 1 µs each
-SPIN_PAYS = 100e-6  # seconds: the next request came this soon, so a spin could have caught it
+SPIN_PAYS = 100e-6  # seconds: a spin that took longer was interrupted by somebody who needed the processor
+MAX_PAUSE = 255  # receives without a spin where spins do not pay; an idle client costs one spin in so many
 
 
 _MAGIC = nbd.NBD_STRUCTURED_REPLY_MAGIC
@@ -161,7 +162,8 @@ class _Arrivals:
         self._view = memoryview(self.buffer)
         self._start = 0
         self._end = len(received)
-        self._spin = SPIN
+        self._pause = 0  # receives that will block at once
+        self._pauses = 0  # so many of them follow when a spin has failed: the more, the more have
 
     def wait(self) -> bool:
         """Wait until there is a whole request. False if the client left."""
@@ -196,16 +198,23 @@ class _Arrivals:
 
     def _receive(self, into: memoryview) -> int:
         receive = self._socket.recv_into
-        for _ in range(self._spin):
+        if self._pause:
+            self._pause -= 1
+            return receive(into)
+        started = time.perf_counter()
+        count = -1
+        for _ in range(SPIN):
             try:
-                return receive(into, 0, MSG_DONTWAIT)
+                count = receive(into, 0, MSG_DONTWAIT)
+                break
             except BlockingIOError:
                 pass
-        waits = time.perf_counter()
-        count = receive(into)
-        # A client that lets us wait for long costs less and less spinning; one that turns fast gets it all back.
-        self._spin = SPIN if time.perf_counter() - waits < SPIN_PAYS else self._spin // 2
-        return count
+        if count >= 0 and time.perf_counter() - started < SPIN_PAYS:
+            self._pauses //= 2
+            return count
+        # It did not pay: the client thinks for long, or the processor that spinning takes is wanted by others.
+        self._pause = self._pauses = min(2 * self._pauses + 1, MAX_PAUSE)
+        return count if count >= 0 else receive(into)
 
 
 class _Outbox:

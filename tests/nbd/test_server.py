@@ -163,6 +163,26 @@ def test_a_client_that_drips_its_handshake_is_cut_off_in_time(serve: Serve) -> N
     assert time.monotonic() - started < 3
 
 
+def test_a_client_that_said_something_gets_no_more_time_for_it(serve: Serve) -> None:
+    server = serve(exports(default=ZeroNode(1)), handshake_timeout=2)
+    started = time.monotonic()
+    with greeted(server.listeners[0].uri.socket) as sock:
+        time.sleep(1.5)
+        sock.sendall(struct.pack(">I", 3))
+        while sock.recv(100):
+            pass
+    assert time.monotonic() - started < 3
+
+
+def test_a_client_that_has_chosen_an_export_may_be_idle(serve: Serve) -> None:
+    server = serve(exports(default=ZeroNode(512)), handshake_timeout=0.3)
+    with greeted(server.listeners[0].uri.socket) as sock:
+        receive = handshake(sock, structured=False)
+        time.sleep(0.8)
+        sock.sendall(packed(read(0, 512)))
+        assert receive(16 + 512)[16:] == bytes(512)
+
+
 def test_more_connections_than_allowed_are_closed_at_once_and_room_is_used_again(serve: Serve) -> None:
     server = serve(exports(default=ZeroNode(1)), max_connections=2)
     path = server.listeners[0].uri.socket
@@ -248,6 +268,7 @@ def test_stop_waits_for_no_idle_client_and_not_for_long_for_a_stuck_one(new_node
             started = time.monotonic()
             server.stop()
             took = time.monotonic() - started
+            assert not [thread for thread in threading.enumerate() if thread.name.startswith("nbd")]
         assert took < 1 if not stuck else 4 < took < 7
         assert not (tmp_path / "s").exists()
 
@@ -255,24 +276,28 @@ def test_stop_waits_for_no_idle_client_and_not_for_long_for_a_stuck_one(new_node
 def test_a_busy_client_cannot_put_off_the_stop(new_node: NewNode) -> None:
     server = Server(exports(default=new_node(("file", 4 << 20))), [listen_tcp("127.0.0.1", 0)])
     server.start()
-    sock = socket.create_connection(("127.0.0.1", server.listeners[0].uri.port))
-    receive = handshake(sock, structured=False)
+    sock = socket.create_connection(("127.0.0.1", server.listeners[0].uri.port), 20)
+    handshake(sock, structured=False)
 
     def ask_for_ever() -> None:
-        try:
+        with suppress(OSError):
             while True:
-                sock.sendall(packed(read(0, 4096)))
-                receive(16 + 4096)
-        except (OSError, EOFError):
-            pass
+                sock.sendall(packed(read(0, 512)) * 100)
 
-    client = threading.Thread(target=ask_for_ever)
-    client.start()
+    def receive_for_ever() -> None:
+        with suppress(OSError):
+            while sock.recv(1 << 16):
+                pass
+
+    clients = [threading.Thread(target=each) for each in (ask_for_ever, receive_for_ever)]
+    for client in clients:
+        client.start()
     time.sleep(0.2)
     started = time.monotonic()
     server.stop()
-    assert time.monotonic() - started < 1
-    client.join(10)
+    assert time.monotonic() - started < 3
+    for client in clients:
+        client.join(20)
     sock.close()
 
 
