@@ -32,7 +32,7 @@ class CompressedClusters:
         sectors = entry.ranges["additional_sectors"]
         self._sectors_mask, self._sectors_shift = sectors.mask, sectors.first
         is_zstd = header.compression_type == CompressionType.ZSTD
-        self._decompress = _zstd_decompress if is_zstd else deflate_decompress
+        self._decompress = zstd_decompress if is_zstd else deflate_decompress
         self._cache: BoundedCache[int, bytes] = BoundedCache(cache_size)
 
     def host_range(self, entry: int) -> tuple[int, int]:
@@ -92,7 +92,8 @@ def deflate_decompress_slowly(data: bytes, cluster_size: int) -> bytes:
 _thread = threading.local()
 
 
-def _zstd_decompress(data: bytes, cluster_size: int) -> bytes:
+def zstd_decompress(data: bytes, cluster_size: int) -> bytes:
+    """`cluster_size` bytes from zstd frames. Damaged or too short: ValueError."""
     import zstandard
 
     try:
