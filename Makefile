@@ -8,10 +8,9 @@ TEST_TOOLS := qemu-img:qemu-utils qemu-system-x86_64:qemu-system-x86 nbdcopy:lib
 	nbdkit:nbdkit fio:fio
 BENCH_TOOLS := qemu-img:qemu-utils
 
-# Two workers, each with a whole test file at a time.
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile
+PYTEST := $(BIN)/pytest -n 2
 
-.PHONY: help demo test check bench lint clean
+.PHONY: help demo check test bench clean lint tools
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-5s  %s\n", $$1, $$2 }' Makefile
@@ -33,15 +32,14 @@ clean:  ## remove all that these targets made
 	rm -rf $(VENV) .bench-cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: tools
-tools:
-	@scripts/require-tools $(TEST_TOOLS)
-
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --check --quiet
 	$(BIN)/mypy --no-error-summary
 	$(BIN)/lint-imports
+
+tools:
+	@scripts/require-tools $(TEST_TOOLS)
 
 # What users install, then what developers need on top.
 $(VENV)/installed: pyproject.toml
