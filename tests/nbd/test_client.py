@@ -227,6 +227,14 @@ def test_a_block_status_that_gets_nowhere_is_an_error(says: bytes) -> None:
         client.block_status(0, 4096)
 
 
+def test_a_length_that_nobody_asked_for_is_not_received() -> None:
+    for kind in (1, 5, 0x8001):
+        client = told(ACCEPTED + chunk(kind, b"", length=0xFFFFFFFF))
+        client.go()
+        with pytest.raises(NBDError, match="the server's reply is none"):
+            client.pread(0, 100)
+
+
 # URIs.
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
