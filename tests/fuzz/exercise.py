@@ -1,0 +1,102 @@
+"""All that a reader does with an image, bounded: what every fuzzed image goes through.
+
+Anything but a result or a Qcow2SnapError is a bug, and so is taking long or much memory. Used by the atheris target
+(image.py) and by tests/block/test_hostile.py.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator
+
+from qcow2snap.block.graph import OpenOptions, open_image
+from qcow2snap.block.node import BlockNode, Qcow2SnapError
+from qcow2snap.block.qcow2.driver import Qcow2Node
+from qcow2snap.block.snapshot_access import SnapshotAccessNode
+from qcow2snap.cli.list import snapshot_json, snapshot_lines
+from qcow2snap.forensics import describe
+
+MAX_SNAPSHOTS = 8
+MAX_EXTENTS = 20_000
+MAX_READ = 1 << 20  # bytes at a time
+
+
+def exercise(filename: str) -> str:
+    """Open, describe, list, map and read an image; returns how far that went."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for with_children in (True, False):
+            try:
+                image = open_image(filename, OpenOptions(), with_children=with_children)
+            except Qcow2SnapError as error:
+                assert "\n" not in str(error)
+                continue
+            try:
+                _describe(image)
+                if with_children:
+                    _read_everything(image)
+            finally:
+                image.close()
+            return "read" if with_children else "described"
+    return "refused"
+
+
+def _describe(image: Qcow2Node) -> None:
+    assert all("\n" not in warning for warning in image.warnings)
+    snapshot_lines(list(image.snapshots()))
+    for snapshot in image.snapshots():
+        snapshot_json(snapshot)
+    for tell in (describe.describe, describe.features, describe.extensions, describe.sharing):
+        try:
+            tell(image)
+        except Qcow2SnapError:
+            continue
+
+
+def _read_everything(image: Qcow2Node) -> None:
+    for get in _nodes(image):
+        try:
+            _read(get())
+        except Qcow2SnapError:
+            continue
+
+
+def _nodes(image: Qcow2Node) -> Iterator[Callable[[], BlockNode]]:
+    yield lambda: image
+    for snapshot in image.snapshots()[:MAX_SNAPSHOTS]:
+        yield lambda snapshot=snapshot: SnapshotAccessNode(image, snapshot)  # type: ignore[misc]
+        yield lambda snapshot=snapshot: image.vm_state(snapshot)  # type: ignore[misc]
+
+
+def _read(node: BlockNode) -> None:
+    position = 0
+    for count, extent in enumerate(node.block_status(0, node.size)):
+        assert extent.offset == position, "extents leave a gap or overlap"
+        position = extent.end
+        if extent.must_read:
+            try:
+                node.pread(extent.offset, min(extent.length, MAX_READ))
+            except Qcow2SnapError:
+                continue
+        if count >= MAX_EXTENTS:
+            return
+
+
+def damaged(data: bytes, choose: random.Random) -> bytes:
+    """The same bytes with some damage: fields set to boundary values, most of them where the metadata is."""
+    result = bytearray(data)
+    for _ in range(choose.choice([1, 1, 2, 4, 16, 200])):
+        where = choose.random()
+        if where < 0.4:
+            at = choose.randrange(min(len(result), 120))  # the header
+        elif where < 0.7:
+            at = choose.randrange(len(result))
+        else:
+            at = choose.randrange(-(-len(result) // 512)) * 512 + choose.randrange(64)  # where tables start
+        width = choose.choice([1, 1, 2, 4, 8])
+        value = choose.choice([choose.getrandbits(8 * width), (1 << 8 * width) - 1, 0, 1 << choose.randrange(8 * width)])
+        result[at : at + width] = value.to_bytes(width, "big")
+    if choose.random() < 0.2:
+        del result[choose.randrange(len(result)) :]
+    return bytes(result)
