@@ -124,7 +124,9 @@ class Connection:
         read_flags = int(CommandFlag.DF) if agreement.structured_replies else 0
         unpack = nbd.REQUEST.unpack_from
         try:
-            while not self._stopping and arrivals.wait():
+            last = False
+            while not last and arrivals.wait():
+                last = self._stopping  # after stop() comes what had arrived before it, and no more
                 buffer = arrivals.buffer
                 for position in arrivals.requests():
                     magic, flags, command, cookie, offset, length = unpack(buffer, position)

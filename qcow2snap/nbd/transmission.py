@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import NamedTuple
 
@@ -153,7 +154,8 @@ class Answers:
         extents = self._node.block_status(request.offset, request.length, want_zero=False)
         for extent in islice(extents, MAX_CACHED_EXTENTS):
             if extent.file is not None and extent.must_read:
-                os.posix_fadvise(extent.file.fileno(), extent.file_offset, extent.length, os.POSIX_FADV_WILLNEED)
+                with suppress(OSError):
+                    os.posix_fadvise(extent.file.fileno(), extent.file_offset, extent.length, os.POSIX_FADV_WILLNEED)
         yield self._done(request.cookie)
 
     def _flush(self, request: Request) -> Iterator[bytes]:

@@ -245,10 +245,12 @@ def test_stop_answers_what_is_in_flight_and_takes_the_socket_away(new_node: NewN
         receive = handshake(sock, structured=False)
         sock.sendall(packed(read(0, node.size)))
         header = receive(16)
+        sock.sendall(packed(read(7, 77)))  # waits in the socket while the first is being answered
         stopping = pool.submit(server.stop)
         time.sleep(0.2)
         assert header[4:8] == bytes(4)
         assert receive(node.size) == node.content
+        assert receive(16 + 77)[16:] == node.content[7:84]
         assert sock.recv(1) == b""
         stopping.result(5)
     assert not (tmp_path / "s").exists()
