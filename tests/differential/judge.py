@@ -99,7 +99,7 @@ def image_holds(image: Image) -> None:
             extents_are_true(snapshot)
             if snapshot.vm_state_size:
                 with snapshot.open_vm_state() as state:
-                    assert state.read() == image.vm_state(snapshot.id)
+                    assert state.read() == reference.vm_state
     digests_agree(path, [active, *image.references])
     disks = [(f"id={reference.id}", reference) for reference in image.references]
     extracts_agree(path, [(None, active), *disks], path.with_suffix(".raw"))

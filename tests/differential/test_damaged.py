@@ -76,6 +76,12 @@ def test_a_command_answers_or_says_in_one_line_why_not(
         assert damage.name in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("damage", [d for d in LIBRARY.damaged.values() if d.name.startswith("backing-")], ids=str)
+def test_list_does_not_follow_references(damage: DamagedImage, library: Library) -> None:
+    listed = judge.cli("list", "--json", library.path(damage.name)).json()
+    assert [snapshot["id"] for snapshot in listed] == ["1", "2"]
+
+
 @each_damage
 def test_reading_gives_the_content_or_an_error_of_ours(damage: DamagedImage, library: Library) -> None:
     """Each disk is read in pieces, so that one error does not hide what comes after it."""

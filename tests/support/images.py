@@ -26,11 +26,15 @@ crc32c: Callable[..., int] = crcmod.predefined.mkCrcFun("crc-32c")
 
 @dataclass(frozen=True)
 class Reference:
-    """What a disk holds, as qemu-img converted it to a raw file at that moment. qcow2snap has no part in it."""
+    """What a disk holds, as qemu-img converted it to a raw file at that moment, and the VM state as qemu-io read it.
+
+    qcow2snap has no part in either.
+    """
 
     raw: Path
     id: str = ""
     name: bytes = b""
+    vm_state: bytes = b""
 
     @cached_property
     def size(self) -> int:
@@ -191,18 +195,13 @@ class Image:
         (found,) = (reference for reference in self.references if reference.name == _bytes(name))
         return found
 
-    def vm_state(self, ref: str) -> bytes:
-        """The VM state of a snapshot, by way of a copy that is reverted to it. The disk has to have that size."""
-        size = next(entry.full_vm_state_size for entry in self.entries if ref.encode() in (entry.id, entry.name))
-        copy = self.copy(f"{self.file.name}.vm-state")
-        qemu_img("snapshot", "-a", ref, copy)
-        dump = qemu_io(copy, f"read -b -v 0 {-(-size // 512) * 512}", options=("-r",)).stdout
-        copy.unlink()
-        rows = (line[11:58] for line in dump.splitlines() if line[8:11] == ":  ")
-        return bytes.fromhex(" ".join(rows))[:size]
+    def vm_state(self, name: str | bytes) -> bytes:
+        """The VM state of the snapshot of that name."""
+        return self.reference(name).vm_state
 
     @property
     def version(self) -> int:
+        """Of the format: 2 or 3."""
         return table.field(self.path, 4, 4)
 
     @property
@@ -227,7 +226,19 @@ class Image:
         self.taken += 1
         raw = self.convert(f"snapshot-{self.taken}")
         yield
-        self.references.append(Reference(raw, self.entries[-1].id.decode(), _bytes(name)))
+        entry = self.entries[-1]
+        self.references.append(Reference(raw, entry.id.decode(), _bytes(name), self._vm_state(entry)))
+
+    def _vm_state(self, entry: table.Entry) -> bytes:
+        """The VM state of a snapshot, by way of a copy that is reverted to it."""
+        if not entry.full_vm_state_size:
+            return b""
+        copy = self.copy(f"{self.file.name}.vm-state")
+        qemu_img("snapshot", "-a", entry.id, copy)
+        dump = qemu_io(copy, f"read -b -v 0 {-(-entry.full_vm_state_size // 512) * 512}", options=("-r",)).stdout
+        copy.unlink()
+        rows = (line[11:58] for line in dump.splitlines() if line[8:11] == ":  ")
+        return bytes.fromhex(" ".join(rows))[: entry.full_vm_state_size]
 
     def _flush(self) -> None:
         if self._commands:
