@@ -5,7 +5,8 @@ them, and their replies are gathered in one buffer and leave with one `send`. Be
 waits for each reply lies a wake-up, which costs more than the read: so a few non-blocking `recv`s come before the one
 that blocks, as long as such spinning has been paying (`_Arrivals`). Runs of 32 KiB and more that lie verbatim in a file
 which nobody can write go from file to socket by `sendfile`, behind a header that waits for them (MSG_MORE); their bytes
-never enter Python. All else is read into the buffer, behind its header. The plain twin of all this, which also answers
+never enter Python. All else is read into the buffer, behind its header; where short reads lie is remembered
+(`file_map`). The plain twin of all this, which also answers
 whatever is not a sound READ, is `transmission.Answers`.
 
 A header that promises data may have left before an error turns up. The protocol then asks for the rest as zeros and an
@@ -284,6 +285,7 @@ class _Reads:
 
     def __init__(self, agreement: Agreement, outbox: _Outbox, answers: Answers) -> None:
         self._node = agreement.node
+        self._pread_into = agreement.export.file_map.pread_into
         self._structured = agreement.structured_replies
         self._out = outbox
         self._answers = answers
@@ -314,7 +316,7 @@ class _Reads:
         start = out.room(self._header_size + length)
         data = start + self._header_size
         try:
-            self._node.preadv(offset, [out.view[data : data + length]])
+            self._pread_into(offset, out.view[data : data + length])
         except Qcow2SnapError as error:
             out.used = start
             out.write(self._answers.error(cookie, error))

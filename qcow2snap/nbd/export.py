@@ -16,6 +16,7 @@ from functools import cached_property
 
 from qcow2snap.block.node import BlockNode, SnapshotAccess, SnapshotInfo, SnapshotNotFound
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
+from qcow2snap.nbd.file_map import FileMap
 from qcow2snap.nbd.strings import is_string
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,11 @@ class Export:
     @cached_property
     def node(self) -> BlockNode:
         return self.open()
+
+    @cached_property
+    def file_map(self) -> FileMap:
+        """Short reads of the node, shared by all its connections."""
+        return FileMap(self.node)
 
 
 class Exports:

@@ -1,0 +1,97 @@
+"""Short reads past the driver give what the driver gives, and are left to it wherever there is doubt."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qcow2snap.block.node import Extent, FileError
+from qcow2snap.nbd import file_map as module
+from qcow2snap.nbd.file_map import FileMap
+from tests.nbd.support import NewNode, PatchworkNode
+from tests.nbd.test_transmission import RUNS
+
+
+def pread(files: FileMap, offset: int, length: int) -> bytes:
+    buffer = bytearray(length)
+    files.pread_into(offset, memoryview(buffer))
+    return bytes(buffer)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(runs=RUNS.map(lambda runs: runs * 3), seed=st.integers(0, 99))
+def test_short_reads_are_those_of_the_node(tmp_path: Path, runs: list[tuple[str, int]], seed: int) -> None:
+    node = PatchworkNode(tmp_path / "node", [run for run in runs if run[0] != "bad"] or [("file", 1)])
+    files, pick = FileMap(node), random.Random(seed)
+    for _ in range(30):
+        offset = pick.randrange(node.size)
+        length = min(pick.choice([1, 512, 4096, 32767]), node.size - offset)
+        assert pread(files, offset, length) == node.content[offset : offset + length]
+    node.close()
+
+
+@pytest.fixture
+def never(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file may be read directly."""
+
+    def refuse(*arguments: object) -> int:
+        raise AssertionError("read directly")
+
+    monkeypatch.setattr(module.os, "preadv", refuse)
+
+
+@pytest.mark.usefixtures("never")
+def test_a_file_that_others_may_write_is_read_by_the_node(new_node: NewNode) -> None:
+    node = new_node(("file", 1 << 16), stable=False)
+    assert pread(FileMap(node), 5, 100) == node.content[5:105]
+
+
+@pytest.mark.usefixtures("never")
+def test_a_node_that_can_be_written_is_asked_each_time(new_node: NewNode) -> None:
+    node = new_node(("file", 1 << 16))
+    node.read_only = False
+    assert pread(FileMap(node), 5, 100) == node.content[5:105]
+
+
+@pytest.mark.usefixtures("never")
+def test_a_ragged_window_is_left_to_the_node(new_node: NewNode) -> None:
+    node = new_node(*[("file", 512), ("memory", 512)] * 200)
+    assert pread(FileMap(node), 5, 100) == node.content[5:105]
+
+
+def test_damage_does_not_spread_to_its_neighbours(new_node: NewNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = new_node(("file", 1 << 16), ("bad", 4096), ("file", 1 << 16))
+
+    def fail(offset: int, length: int, *, want_zero: bool = True) -> Iterator[Extent]:
+        raise FileError("an L2 entry is damaged")
+
+    monkeypatch.setattr(node, "block_status", fail)
+    files = FileMap(node)
+    assert pread(files, 5, 100) == node.content[5:105]
+    with pytest.raises(FileError, match="damaged"):
+        pread(files, (1 << 16) + 7, 1)
+
+
+def test_a_file_that_ends_early_is_read_by_the_node(new_node: NewNode) -> None:
+    node = new_node(("file", 1 << 16))
+    files = FileMap(node)
+    assert pread(files, 0, 4096) == node.content[:4096]
+    os.truncate(node.filename, 512 + 2048)
+    assert pread(files, 0, 4096) == node.content[:4096]
+
+
+def test_what_is_remembered_is_bounded(new_node: NewNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WINDOW", 4096)
+    monkeypatch.setattr(module, "MAX_EXTENTS", 100)
+    node = new_node(("file", 1 << 20))
+    files = FileMap(node)
+    for _ in range(2):
+        for offset in range(0, node.size, 4096):
+            assert pread(files, offset, 99) == node.content[offset : offset + 99]
+            assert len(files._windows) <= 6
