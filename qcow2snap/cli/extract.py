@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import click
 
-from qcow2snap.block.node import BlockNode, FileError, OutOfRange
+from qcow2snap.block.node import BlockNode, FileError, ImageFormatError, OutOfRange
 from qcow2snap.cli import options
 from qcow2snap.cli.progress import ProgressBar
 from qcow2snap.forensics.copy import copy_sparse, copy_stream
@@ -62,11 +62,15 @@ def command(
     if start > node.size or (length is not None and start + length > node.size):
         raise OutOfRange(f"the range ends beyond the end, which is at {node.size}")
     length = node.size - start if length is None else length
-    with _terminable(), ProgressBar(f"extract {os.path.basename(image)}", length) as bar:
-        if out == "-" or _is_stream(out):
-            holes = _to_stream(node, start, length, out, skip_damaged, bar)
-        else:
-            holes = _to_file(node, start, length, out, skip_damaged, force, bar)
+    try:
+        with _terminable(), ProgressBar(f"extract {os.path.basename(image)}", length) as bar:
+            if out == "-" or _is_stream(out):
+                holes = _to_stream(node, start, length, out, skip_damaged, bar)
+            else:
+                holes = _to_file(node, start, length, out, skip_damaged, force, bar)
+    except ImageFormatError as error:
+        error.message += "; --skip-damaged extracts what can be read"
+        raise
     if skip_damaged:
         _tell(holes, out)
     disk.close()
