@@ -101,6 +101,7 @@ class Plan:
             raw = directory / "base.raw"
             raw.write_bytes(b"".join(b"base %010d\n" % number for number in range(length // 16)))
             return {"backing": raw, "backing_fmt": "raw"}
+        length = max(length, 8 * KIB)
         base = Image.create(directory / "base.qcow2", length, cluster_size=1 * KIB)
         base.write(0, length // 2 // SECTOR * SECTOR).write_zeroes(length // 4 // SECTOR * SECTOR, 4 * SECTOR)
         return {"backing": base}

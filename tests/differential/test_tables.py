@@ -72,7 +72,18 @@ def test_a_disk_of_a_tebibyte_with_data_at_both_ends(new_image: NewImage) -> Non
     agrees(image.write((1 << 32) - 4 * KIB, 8 * KIB).write(TIB // 2, 512).resize(TIB + 512))
 
 
-def test_allocated_holes_are_told_from_data_where_metadata_was_preallocated(new_image: NewImage) -> None:
-    image = new_image("64M", preallocation="metadata").write(MIB, 64 * KIB).snapshot("first").write(5 * MIB, 4 * KIB)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16, 32, 64], ids="refcounts of {} bits".format)
+def test_allocated_holes_are_told_from_data_where_metadata_was_preallocated(new_image: NewImage, bits: int) -> None:
+    """QEMU looks for holes only if the refcounts say that there are many."""
+    image = new_image("16M", cluster_size=4 * KIB, preallocation="metadata", refcount_bits=bits)
+    image.write(MIB, 64 * KIB)
+    if bits > 1:  # a refcount of two
+        image.snapshot("first").write(5 * MIB, 4 * KIB)
     assert any(entry["zero"] and entry["data"] for entry in qemu_map(image.path))
+    agrees(image)
+
+
+def test_allocated_holes_are_data_where_they_are_few(new_image: NewImage) -> None:
+    image = new_image("1M", cluster_size=4 * KIB, preallocation="metadata").write(0, MIB - 4 * KIB)
+    assert not any(entry["zero"] for entry in qemu_map(image.path))
     agrees(image)
