@@ -15,9 +15,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from qcow2snap.block.node import (
         Extent,
+        FileError,
         ImageFormatError,
         ImageInUse,
+        OutOfRange,
         Qcow2SnapError,
+        ReferenceRefused,
         SnapshotAmbiguous,
         SnapshotInfo,
         SnapshotNotFound,
@@ -28,10 +31,13 @@ if TYPE_CHECKING:
 __all__ = [
     "Disk",
     "Extent",
+    "FileError",
     "Image",
     "ImageFormatError",
     "ImageInUse",
+    "OutOfRange",
     "Qcow2SnapError",
+    "ReferenceRefused",
     "Snapshot",
     "SnapshotAmbiguous",
     "SnapshotInfo",

@@ -154,9 +154,11 @@ class NodeFile(io.RawIOBase):
         return True
 
     def tell(self) -> int:
+        self._check_open()
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._check_open()
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._node.size}.get(whence)
         if base is None:
             raise ValueError(f"whence {whence} is not 0, 1 or 2")
@@ -168,8 +170,7 @@ class NodeFile(io.RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         """Fill the buffer, less only at the end."""
-        if self.closed:
-            raise ValueError("I/O operation on closed file")
+        self._check_open()
         view = memoryview(buffer).cast("B")
         with self._lock:
             start = self._position
@@ -180,6 +181,7 @@ class NodeFile(io.RawIOBase):
         return count
 
     def readall(self) -> bytes:
+        self._check_open()
         rest = max(0, self._node.size - self._position)
         buffer = bytearray(rest)
         self.readinto(buffer)
@@ -187,4 +189,10 @@ class NodeFile(io.RawIOBase):
 
     def pread(self, length: int, offset: int) -> bytes:
         """Bytes at an offset, whatever the position is: for threads that share a file. Short at the end."""
-        return self._node.pread(offset, max(0, min(length, self._node.size - offset)))
+        self._check_open()
+        count = min(length, self._node.size - offset)
+        return self._node.pread(offset, count) if count > 0 else b""
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError("I/O operation on closed file")

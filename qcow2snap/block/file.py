@@ -56,7 +56,10 @@ class FileNode(BlockNode):
 
     def current_size(self) -> int:
         """Bytes that the file has now; an image in use may have grown since it was opened."""
-        return os.lseek(self._fd, 0, os.SEEK_END) if self.is_block_device else os.fstat(self._fd).st_size
+        try:
+            return os.lseek(self._fd, 0, os.SEEK_END) if self.is_block_device else os.fstat(self._fd).st_size
+        except OSError as error:
+            raise _file_error(self.filename, error) from None
 
     def allocated_size(self) -> int:
         """Bytes that the file takes on its file system."""

@@ -71,6 +71,13 @@ def backing_chain(filename: str, options: OpenOptions = OpenOptions()) -> list[L
     return links
 
 
+def files_of(node: BlockNode | None) -> list[FileNode]:
+    """All files of the host that a graph reads."""
+    if isinstance(node, Qcow2Node):
+        return [node.file, *([node.data_file] if node.data_file else []), *files_of(node.backing)]
+    return [node.file] if isinstance(node, RawNode) else []
+
+
 def probe(file: FileNode) -> str:
     """The format of a file whose format nobody states, by its first bytes, as QEMU guesses it."""
     start = file.pread_available(0, _PROBE_SIZE)

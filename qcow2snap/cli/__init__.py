@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ import click
 from qcow2snap import __version__
 from qcow2snap.block.node import Qcow2SnapError
 
-# Name and one line of help, so that `--help` imports no command.
+# Name and one line of help, so that `--help` imports no command. (Once `list` and `map` are imported, these names mean
+# the modules here, not the builtins.)
 _COMMANDS = {
     "list": "List the snapshots of an image.",
     "info": "Describe an image: its size, format, features, snapshots and chain.",
@@ -27,7 +29,7 @@ class _LazyGroup(click.Group):
     """A group that imports a command's module when the command is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        return [*_COMMANDS]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
@@ -39,7 +41,7 @@ class _LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
+            formatter.write_dl([*_COMMANDS.items()])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -63,10 +65,18 @@ def cli() -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 could not (one line on stderr), 2 usage; 128 + N for signal N."""
+    if sys.stdout is None:  # the shell's >&-: the image would be opened in its place, and printed to
+        _fail("standard output is closed")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name gets it escaped
     try:
-        result = cli.main(args, prog_name="qcow2snap", standalone_mode=False)
+        # Not cli.main(): it has ways of its own for broken pipes and interrupts.
+        with cli.make_context("qcow2snap", [*(sys.argv[1:] if args is None else args)]) as context:
+            result = cli.invoke(context)
         sys.stdout.flush()
         sys.exit(result if isinstance(result, int) else 0)
+    except click.exceptions.Exit as end:  # --help, --version
+        sys.exit(end.exit_code)
     except click.ClickException as error:  # usage
         error.show()
         sys.exit(error.exit_code)

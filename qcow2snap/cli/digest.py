@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
+from qcow2snap.block.graph import files_of
 from qcow2snap.block.node import SnapshotInfo, SnapshotNotFound
 from qcow2snap.block.qcow2.driver import Qcow2Node
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
@@ -15,6 +17,7 @@ from qcow2snap.block.snapshot_ref import shown
 from qcow2snap.cli import options, text
 from qcow2snap.cli.progress import ProgressBar
 from qcow2snap.forensics.digest import DEFAULT_ALGORITHMS, Subject, digests, manifest, new_hasher, read_manifest
+from qcow2snap.forensics.output import OutputFile, is_stream
 
 
 @click.command("digest")
@@ -54,16 +57,20 @@ def command(
     disk = options.open_for(image, force_share=force_share, allow_paths=allow_paths)
     if verify is not None:
         return _verify(disk, read_manifest(verify)["entries"], refs)
+    output = None if out is None or is_stream(out) else OutputFile(out, 0, force=True, inputs=files_of(disk))
     subjects = _subjects(disk, refs, active)
     names = list(dict.fromkeys(algorithms or DEFAULT_ALGORITHMS))
     entries = _entries(subjects, names)
     content = manifest(image, names, entries)
-    if out is not None:
-        with open(out, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=4)
-            file.write("\n")
+    text_of_manifest = json.dumps(content, indent=4) + "\n"
+    if output is not None:
+        with output:
+            os.write(output.fd, text_of_manifest.encode())
+    elif out is not None:
+        with open(out, "w", encoding="utf-8") as stream:
+            stream.write(text_of_manifest)
     if as_json:
-        print(json.dumps(content, indent=4))
+        print(text_of_manifest, end="")
     else:
         print("\n".join(_lines(entries, names)))
     disk.close()
@@ -110,6 +117,7 @@ def _verify(disk: Qcow2Node, entries: Sequence[dict[str, Any]], refs: Sequence[s
     wanted = {disk.find_snapshot(ref) for ref in refs}
     subjects: list[tuple[Subject, dict[str, Any]]] = []
     differing: list[str] = []
+    resized: set[SnapshotInfo] = set()
     for entry in entries:
         try:
             subject = _subject_of(disk, entry)
@@ -120,9 +128,12 @@ def _verify(disk: Qcow2Node, entries: Sequence[dict[str, Any]], refs: Sequence[s
         if wanted and not (isinstance(subject.node, SnapshotAccessNode) and subject.node.snapshot in wanted):
             continue
         if subject.node.size != entry["size"]:
+            resized |= {subject.node.snapshot} if isinstance(subject.node, SnapshotAccessNode) else set()
             differing.append(f"{_title(entry)}: size is {subject.node.size}, was {entry['size']}")
         else:
             subjects.append((subject, entry))
+    found = {subject.node.snapshot for subject, _ in subjects if isinstance(subject.node, SnapshotAccessNode)}
+    differing += [f"{shown(s.name)}: is not in the manifest" for s in sorted(wanted - found - resized)]
     algorithms = list(dict.fromkeys(name for _, entry in subjects for name in entry["digests"]))
     results = _entries([subject for subject, _ in subjects], algorithms)
     for (_, entry), result in zip(subjects, results, strict=True):

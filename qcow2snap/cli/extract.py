@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import click
 
+from qcow2snap.block.graph import files_of
 from qcow2snap.block.node import BlockNode, FileError, ImageFormatError, OutOfRange
 from qcow2snap.cli import options
 from qcow2snap.cli.progress import ProgressBar
 from qcow2snap.forensics.copy import copy_sparse, copy_stream
-from qcow2snap.forensics.output import OutputFile
+from qcow2snap.forensics.output import OutputFile, is_stream
 from qcow2snap.forensics.salvage import Hole
 
 
@@ -64,24 +64,26 @@ def command(
     length = node.size - start if length is None else length
     try:
         with _terminable(), ProgressBar(f"extract {os.path.basename(image)}", length) as bar:
-            if out == "-" or _is_stream(out):
-                holes = _to_stream(node, start, length, out, skip_damaged, bar)
+            if out == "-" or is_stream(out):
+                _to_stream(node, start, length, out, skip_damaged, bar)
             else:
-                holes = _to_file(node, start, length, out, skip_damaged, force, bar)
+                output = OutputFile(out, length, force=force, inputs=files_of(disk))
+                _to_file(node, start, length, output, skip_damaged, bar)
     except ImageFormatError as error:
         error.message += "; --skip-damaged extracts what can be read"
         raise
-    if skip_damaged:
-        _tell(holes, out)
     disk.close()
 
 
 def _to_file(
-    node: BlockNode, start: int, length: int, out: str, skip_damaged: bool, force: bool, bar: ProgressBar
-) -> list[Hole]:
-    with OutputFile(out, length, force=force) as output:
+    node: BlockNode, start: int, length: int, output: OutputFile, skip_damaged: bool, bar: ProgressBar
+) -> None:
+    """To a file, which appears when it is whole; its list of holes, where one is wanted, appears before it."""
+    with ExitStack() as stack:
+        stack.enter_context(output)
+        holes_file = stack.enter_context(output.beside(".holes.json")) if skip_damaged else None
         try:
-            return copy_sparse(
+            holes = copy_sparse(
                 node,
                 start,
                 length,
@@ -90,40 +92,36 @@ def _to_file(
                 write_zeros=not output.reads_as_zeros,
                 progress=bar.advance,
             )
+            if holes_file is not None:
+                text = json.dumps([hole._asdict() for hole in holes], indent=4) + "\n"
+                os.write(holes_file.fd, text.encode("utf-8", "backslashreplace"))
         except OSError as error:
-            raise FileError(f"{out}: {error.strerror}; nothing was left there") from None
+            raise FileError(f"{output.filename}: {error.strerror}; nothing was left there") from None
+    _tell_sum(holes)
 
 
-def _to_stream(node: BlockNode, start: int, length: int, out: str, skip_damaged: bool, bar: ProgressBar) -> list[Hole]:
+def _to_stream(node: BlockNode, start: int, length: int, out: str, skip_damaged: bool, bar: ProgressBar) -> None:
+    """To a pipe or device, in order; holes are told on stderr."""
     if out == "-" and sys.stdout.isatty():
         raise FileError("standard output is a terminal; redirect it, or name a file")
-    fd = sys.stdout.fileno() if out == "-" else os.open(out, os.O_WRONLY)
 
     def write(data: memoryview) -> None:
         while data:
             data = data[os.write(fd, data) :]
 
-    return copy_stream(node, start, length, write, skip_damaged=skip_damaged, progress=bar.advance)
-
-
-def _is_stream(out: str) -> bool:
-    """A pipe or character device that exists: it is written, not replaced."""
     try:
-        mode = os.stat(out).st_mode
-    except OSError:
-        return False
-    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
+        fd = sys.stdout.fileno() if out == "-" else os.open(out, os.O_WRONLY)
+        holes = copy_stream(node, start, length, write, skip_damaged=skip_damaged, progress=bar.advance)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise FileError(f"{'standard output' if out == '-' else out}: {error.strerror}") from None
+    for hole in holes:
+        print(f"qcow2snap: hole: {hole.length} bytes at {hole.offset}: {hole.message}", file=sys.stderr)
+    _tell_sum(holes)
 
 
-def _tell(holes: list[Hole], out: str) -> None:
-    """The list of holes beside the output; where that is a pipe, on stderr."""
-    if out != "-" and not _is_stream(out):
-        with open(f"{out}.holes.json", "w", encoding="utf-8", errors="backslashreplace") as file:
-            json.dump([hole._asdict() for hole in holes], file, indent=4)
-            file.write("\n")
-    else:
-        for hole in holes:
-            print(f"qcow2snap: hole: {hole.length} bytes at {hole.offset}: {hole.message}", file=sys.stderr)
+def _tell_sum(holes: list[Hole]) -> None:
     if holes:
         missing = sum(hole.length for hole in holes)
         print(f"qcow2snap: {missing} bytes in {len(holes)} holes could not be read", file=sys.stderr)
@@ -131,13 +129,15 @@ def _tell(holes: list[Hole], out: str) -> None:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM as an exception, so that what is half written is taken away."""
+    """Signals as an exception, so that what is half written is taken away."""
 
     def leave(signum: int, _frame: object) -> None:
         sys.exit(128 + signum)
 
-    previous = signal.signal(signal.SIGTERM, leave)
+    signals = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    previous = [signal.signal(number, leave) for number in signals]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in zip(signals, previous, strict=True):
+            signal.signal(number, handler)

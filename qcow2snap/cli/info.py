@@ -60,6 +60,8 @@ def _lines(fields: dict[str, Any], snapshots: list[str]) -> list[str]:
         f"disk size: {text.size(fields['actual-size'])}",
         f"cluster_size: {fields['cluster-size']}",
     ]
+    if fields["dirty-flag"]:
+        lines.append("cleanly shut down: no")
     if fields.get("encrypted"):
         lines.append("encrypted: yes")
     if "backing-filename" in fields:

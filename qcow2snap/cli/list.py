@@ -57,7 +57,7 @@ def command(image: str, as_json: bool, force_share: bool) -> int:
         print(json.dumps([snapshot_json(snapshot) for snapshot in snapshots], indent=4))
     elif snapshots:
         print("\n".join(snapshot_lines(snapshots)))
-    else:
+    elif node.snapshot_table.damage is None:
         click.echo(f"qcow2snap: {image} has no snapshots", err=True)
     node.close()
     return 0 if node.snapshot_table.damage is None else 1

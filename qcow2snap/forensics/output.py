@@ -5,57 +5,85 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
 
+from qcow2snap.block.file import FileNode
 from qcow2snap.block.node import FileError
 
 
-class OutputFile:
-    """A file that is written beside its place and renamed when whole; leaving the block by an exception removes it.
+def is_stream(filename: str) -> bool:
+    """A pipe or character device: it is written, not replaced."""
+    try:
+        mode = os.stat(filename).st_mode
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
 
-    A block device is written in place: it cannot be renamed over. `reads_as_zeros` tells whether what is not written
-    is zeros.
+
+class OutputFile:
+    """A file of `size` bytes, written beside its place and renamed when the `with` block ends; an exception removes it.
+
+    force           replace what is there
+    inputs          files that are being read: they are never the output, forced or not
+    reads_as_zeros  what is not written is zeros. Not so a block device, which is written in place
+    errors          FileError when built, entered, or put in place
     """
 
-    def __init__(self, filename: str, size: int, *, force: bool) -> None:
+    fd: int
+
+    def __init__(self, filename: str, size: int, *, force: bool, inputs: Sequence[FileNode] = ()) -> None:
         self.filename = filename
+        self._size = size
         self._force = force
         self._temporary: str | None = None
         try:
-            mode = os.stat(filename).st_mode
+            status = os.stat(filename)
         except FileNotFoundError:
-            mode = 0
-        except OSError as error:
-            raise FileError(f"{filename}: {error.strerror}") from None
-        if stat.S_ISDIR(mode):
-            raise FileError(f"{filename}: is a directory; name a file in it")
-        if mode and not force:
-            raise FileError(f"{filename}: exists already; --force overwrites it")
-        self.reads_as_zeros = not stat.S_ISBLK(mode)
-        try:
-            if stat.S_ISBLK(mode):
-                self.fd = os.open(filename, os.O_RDWR | os.O_CLOEXEC | os.O_EXCL)
-                self._check_device(size)
-            else:
-                # Through a link to where it points, so that the link stays one.
-                self._target = os.path.realpath(filename)
-                directory, name = os.path.split(self._target)
-                self._temporary = os.path.join(directory, f".{name[:200]}.{secrets.token_hex(4)}.part")
-                self.fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-                os.ftruncate(self.fd, size)
-        except OSError as error:
-            self._discard()
-            raise FileError(f"{filename}: {error.strerror}") from None
+            self._is_device = False
+        except (OSError, ValueError) as error:
+            raise FileError(f"{filename}: {getattr(error, 'strerror', error)}") from None
+        else:
+            self._is_device = stat.S_ISBLK(status.st_mode)
+            if (status.st_dev, status.st_ino) in [file.identity for file in inputs]:
+                raise FileError(f"{filename}: is read as part of the image; name another file")
+            if stat.S_ISDIR(status.st_mode):
+                raise FileError(f"{filename}: is a directory; name a file in it")
+            if not force:
+                raise FileError(f"{filename}: exists already; --force overwrites it")
+        self.reads_as_zeros = not self._is_device
 
-    def _check_device(self, size: int) -> None:
-        room = os.lseek(self.fd, 0, os.SEEK_END)
-        if room < size:
-            os.close(self.fd)
-            raise FileError(f"{self.filename}: has {room} bytes, too few for {size}")
+    def beside(self, suffix: str) -> OutputFile:
+        """Another output whose name is this one's and a suffix, to be replaced if this one is."""
+        return OutputFile(self.filename + suffix, 0, force=self._force)
 
     def __enter__(self) -> OutputFile:
+        try:
+            if self._is_device:
+                self._open_device()
+            else:
+                self._open_beside()
+        except OSError as error:
+            self._discard()
+            raise FileError(f"{self.filename}: {error.strerror}") from None
+        except BaseException:  # a signal
+            self._discard()
+            raise
         return self
+
+    def _open_device(self) -> None:
+        self.fd = os.open(self.filename, os.O_RDWR | os.O_CLOEXEC | os.O_EXCL)
+        room = os.lseek(self.fd, 0, os.SEEK_END)
+        if room < self._size:
+            raise FileError(f"{self.filename}: has {room} bytes, too few for {self._size}")
+
+    def _open_beside(self) -> None:
+        # Through a link to where it points, so that the link stays one.
+        self._target = os.path.realpath(self.filename)
+        self._temporary = os.path.join(os.path.dirname(self._target), f".qcow2snap-{secrets.token_hex(8)}.part")
+        self.fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        os.ftruncate(self.fd, self._size)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
