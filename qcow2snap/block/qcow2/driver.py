@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 TABLE_CACHE_SIZE = 32 << 20  # bytes of decoded L2 tables: 1 GiB of badly fragmented tables is about 16 MiB
 CLUSTER_CACHE_SIZE = 32 << 20  # bytes of decompressed clusters
-L1_CACHE_SIZE = 40 << 20  # bytes; the largest L1 table takes 48 MiB and is then read again for each request
+L1_CACHE_SIZE = 64 << 20  # bytes; the largest L1 table takes 48 MiB
 
 
 class Qcow2Node(BlockNode, SnapshotAccess):
@@ -65,7 +65,7 @@ class Qcow2Node(BlockNode, SnapshotAccess):
         self._has_children = has_children
         self._table_cache_size = table_cache_size
         self._cluster_cache_size = cluster_cache_size
-        self._l1_tables: BoundedCache[tuple[int, int], L1Table] = BoundedCache(L1_CACHE_SIZE)
+        self._views: BoundedCache[int, View] = BoundedCache(L1_CACHE_SIZE)  # by position in the table; -1: active
 
     @property
     def filename(self) -> str:
@@ -98,10 +98,10 @@ class Qcow2Node(BlockNode, SnapshotAccess):
     # -- BlockNode ----------------------------------------------------------------------------------------------------
 
     def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        self.active_view().preadv(offset, buffers)
+        self.view(None).preadv(offset, buffers)
 
     def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Iterator[Extent]:
-        return self.active_view().block_status(offset, length, want_zero=want_zero)
+        return self.view(None).block_status(offset, length, want_zero=want_zero)
 
     def close(self) -> None:
         for node in (self.backing, self.data_file, self.file):
@@ -114,12 +114,12 @@ class Qcow2Node(BlockNode, SnapshotAccess):
         return [entry.info for entry in self.snapshot_table.entries]
 
     def preadv_snapshot(self, snapshot: SnapshotInfo, offset: int, buffers: Sequence[Buffer]) -> None:
-        self.snapshot_view(snapshot).preadv(offset, buffers)
+        self.view(snapshot).preadv(offset, buffers)
 
     def snapshot_block_status(
         self, snapshot: SnapshotInfo, offset: int, length: int, *, want_zero: bool = True
     ) -> Iterator[Extent]:
-        return self.snapshot_view(snapshot).block_status(offset, length, want_zero=want_zero)
+        return self.view(snapshot).block_status(offset, length, want_zero=want_zero)
 
     def pdiscard_snapshot(self, snapshot: SnapshotInfo, offset: int, length: int) -> None:
         """Nothing: an internal snapshot is not the reader's to punch."""
@@ -140,21 +140,28 @@ class Qcow2Node(BlockNode, SnapshotAccess):
 
     # -- views --------------------------------------------------------------------------------------------------------
 
-    def active_view(self) -> View:
-        from qcow2snap.block.qcow2.view import View
+    def view(self, snapshot: SnapshotInfo | None) -> View:
+        """The disk of a snapshot, or the active disk. Kept, since each small read asks for it."""
+        position = -1 if snapshot is None else self._entry(snapshot).info.position
+        view = self._views.get(position)
+        if view is None:
+            from qcow2snap.block.qcow2.view import View
 
-        return View(self._image, self.l1_table(None), start=0, size=self.size, has_backing=True)
+            l1 = self.l1_table(snapshot)
+            size = self.size if snapshot is None else snapshot.size
+            view = View(self._image, l1, start=0, size=size, has_backing=True)
+            self._views.put(position, view, l1.nbytes)
+        return view
 
     def l1_table(self, snapshot: SnapshotInfo | None) -> L1Table:
-        """The L1 table of a snapshot, or of the active disk."""
+        """The L1 table of a snapshot, or of the active disk. Read anew."""
+        from qcow2snap.block.qcow2.view import load_l1
+
         if snapshot is None:
-            return self._l1(self.header.l1_table_offset, self.header.l1_size)
-        return self._snapshot_l1(self._entry(snapshot))
-
-    def snapshot_view(self, snapshot: SnapshotInfo) -> View:
-        from qcow2snap.block.qcow2.view import View
-
-        return View(self._image, self.l1_table(snapshot), start=0, size=snapshot.size, has_backing=True)
+            return load_l1(self.file, self.header.l1_table_offset, self.header.l1_size)
+        entry = self._entry(snapshot)
+        self._judge_l1(entry)
+        return load_l1(self.file, entry.l1_table_offset, entry.l1_size)
 
     def _entry(self, snapshot: SnapshotInfo) -> TableEntry:
         entries = self.snapshot_table.entries
@@ -162,38 +169,19 @@ class Qcow2Node(BlockNode, SnapshotAccess):
             return entries[snapshot.position]
         raise SnapshotNotFound(f"{self.filename}: snapshot {snapshot} is not in the table")
 
-    def _snapshot_l1(self, entry: TableEntry) -> L1Table:
-        offset, nb_entries = entry.l1_table_offset, entry.l1_size
-        try:
-            if offset % self.header.cluster_size:
-                raise rules.SNAPSHOT_L1_OFFSET.broken(
-                    entry.info.host_offset,
-                    f"the L1 table of snapshot {entry.info} is at {offset:#x}, not a cluster boundary",
-                )
-            if nb_entries * 8 > layout.MAX_L1_TABLE_SIZE:
-                raise rules.SNAPSHOT_L1_OFFSET.broken(
-                    entry.info.host_offset + 8,
-                    f"the L1 table of snapshot {entry.info} has {nb_entries} entries, more than 32 MiB",
-                )
-        except ImageFormatError as error:
-            error.filename = self.filename
-            error.guest_range = (0, entry.info.size)
-            raise
-        return self._l1(offset, nb_entries)
-
-    def _l1(self, host_offset: int, nb_entries: int) -> L1Table:
-        from qcow2snap.block.qcow2.view import load_l1
-
-        key = (host_offset, nb_entries)
-        l1 = self._l1_tables.get(key)
-        if l1 is None:
-            try:
-                l1 = load_l1(self.file, host_offset, nb_entries)
-            except ImageFormatError as error:
-                error.filename = self.filename
-                raise
-            self._l1_tables.put(key, l1, l1.nbytes)
-        return l1
+    def _judge_l1(self, entry: TableEntry) -> None:
+        """The rules for a snapshot's L1 table; those for the active one are the header's."""
+        offset, where = entry.l1_table_offset, entry.info.host_offset
+        if offset % self.header.cluster_size:
+            what = f"the L1 table of snapshot {entry.info} is at {offset:#x}, not a cluster boundary"
+            error = rules.SNAPSHOT_L1_OFFSET.broken(where, what)
+        elif entry.l1_size * 8 > layout.MAX_L1_TABLE_SIZE:
+            what = f"the L1 table of snapshot {entry.info} has {entry.l1_size} entries, more than 32 MiB"
+            error = rules.SNAPSHOT_L1_OFFSET.broken(where + 8, what)
+        else:
+            return
+        error.filename = self.filename
+        raise error
 
     @cached_property
     def _image(self) -> Image:
