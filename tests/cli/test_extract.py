@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -299,10 +300,7 @@ def blocks(directory: Path) -> int:
     return sum(entry.stat().st_blocks * 512 for entry in os.scandir(directory))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_at_the_very_start_leaves_nothing(library: Library, tmp_path: Path, number: signal.Signals) -> None:
-    """Between the making of the file and its first byte; a wrapper sends the signal just there."""
-    program = """
+EARLY_SIGNAL = """
 import os, signal, sys
 from qcow2snap.cli import main
 ftruncate = os.ftruncate
@@ -312,7 +310,27 @@ def interrupted(*args):
 os.ftruncate = interrupted
 main(sys.argv[2:])
 """
-    command = [sys.executable, "-c", program, str(int(number)), "extract", library.path("demo"), tmp_path / "out"]
-    done = subprocess.run(command, capture_output=True, timeout=TIME_LIMIT, cwd=REPOSITORY)
-    assert done.returncode in (128 + number, -number)
+
+
+def early_signal(number: signal.Signals, *words: str | Path, **options: Any) -> int:
+    """The exit code when a signal arrives between the making of the output and its first byte."""
+    command = [sys.executable, "-c", EARLY_SIGNAL, str(int(number)), *words]
+    return subprocess.run(command, capture_output=True, timeout=TIME_LIMIT, cwd=REPOSITORY, **options).returncode
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_at_the_very_start_leaves_nothing(library: Library, tmp_path: Path, number: signal.Signals) -> None:
+    code = early_signal(number, "extract", library.path("demo"), tmp_path / "out")
+    assert code in (128 + number, -number)
     assert contents(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_that_nohup_or_the_shell_has_switched_off_stays_off(
+    library: Library, tmp_path: Path, number: signal.Signals
+) -> None:
+    def ignore() -> None:
+        signal.signal(number, signal.SIG_IGN)
+
+    assert early_signal(number, "extract", library.path("demo"), tmp_path / "out", preexec_fn=ignore) == 0
+    assert sha256((tmp_path / "out").read_bytes()) == library.images["demo"].active.sha256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,13 @@ def lacking(theirs: Any, ours: Any, where: str = "") -> list[str]:
     return [] if type(theirs) is type(ours) and theirs == ours else [f"{where}: {theirs!r}, not {ours!r}"]
 
 
+def settled(path: Path) -> Path:
+    """An image whose space on the disk is allocated, so that all who ask are told the same."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return path
+
+
 def qemu_says(path: Path, snapshots: FixtureImage | None = None) -> Any:
     theirs = qemu_info(path)
     theirs.pop("children", None)  # QEMU 8.1 and later: the files below; ours are in "backing-chain"
@@ -43,14 +51,14 @@ def qemu_says(path: Path, snapshots: FixtureImage | None = None) -> Any:
 
 @pytest.mark.parametrize("image", LIBRARY.images.values(), ids=str)
 def test_json_has_every_key_of_qemu_img_with_its_value(library: Library, image: FixtureImage) -> None:
-    path = library.path(image.name)
+    path = settled(library.path(image.name))
     assert lacking(qemu_says(path, image), here("info", "--json", path).json()) == []
 
 
 @pytest.mark.parametrize("image", LIBRARY.images.values(), ids=str)
 def test_the_text_has_every_line_of_qemu_img(library: Library, image: FixtureImage) -> None:
     """But for the table of snapshots, which has a column more."""
-    path = library.path(image.name)
+    path = settled(library.path(image.name))
     theirs = qemu_img("info", path).stdout.split("Child node")[0].splitlines()
     if "Snapshot list:" in theirs:
         start, end = theirs.index("Snapshot list:"), theirs.index("Format specific information:")
