@@ -29,7 +29,9 @@ class HostFile(Protocol):
     """A file of the host in which an extent's bytes lie verbatim."""
 
     filename: str
-    stable: bool  # nobody else can write it while it is open: its pages may be handed on by reference
+    # Nobody can write it while it is open. So its pages may be handed on by reference, and on a read-only node where a
+    # guest's bytes lie in it may be remembered. A node whose mapping changes must not show stable files.
+    stable: bool
 
     def fileno(self) -> int: ...
 
@@ -188,9 +190,13 @@ class ImageFormatError(Qcow2SnapError):
         self.filename = ""
         self.guest_range: tuple[int, int] | None = None
 
+    @property
+    def detail(self) -> str:
+        """What and where in the file, for who has named the file already."""
+        return f"{self.message} ({self.rule}, at byte {self.host_offset:#x})"
+
     def __str__(self) -> str:
-        where = f"{self.filename}: " if self.filename else ""
-        return f"{where}{self.message} ({self.rule}, at byte {self.host_offset:#x})"
+        return f"{self.filename}: {self.detail}" if self.filename else self.detail
 
 
 class UnsupportedFeature(Qcow2SnapError):

@@ -129,15 +129,18 @@ def _tell_sum(holes: list[Hole]) -> None:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Signals as an exception, so that what is half written is taken away."""
+    """Signals as an exception, so that what is half written is taken away. One switched off, as by nohup, stays off."""
 
     def leave(signum: int, _frame: object) -> None:
         sys.exit(128 + signum)
 
-    signals = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    previous = [signal.signal(number, leave) for number in signals]
+    wanted = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    previous = {number: signal.getsignal(number) for number in wanted}
+    heard = [number for number in wanted if previous[number] is not signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, leave)
     try:
         yield
     finally:
-        for number, handler in zip(signals, previous, strict=True):
-            signal.signal(number, handler)
+        for number in heard:
+            signal.signal(number, previous[number])

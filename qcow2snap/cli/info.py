@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import click
 
 from qcow2snap.block.graph import OpenOptions, backing_chain
+from qcow2snap.block.node import ImageFormatError
 from qcow2snap.block.snapshot_ref import shown
 from qcow2snap.cli import options, text
 from qcow2snap.cli.list import snapshot_json, snapshot_lines
@@ -20,7 +22,8 @@ from qcow2snap.forensics import describe
 def command(image: str, as_json: bool, force_share: bool, allow_paths: tuple[str, ...]) -> int:
     """Describe IMAGE. Backing and data files need not be there."""
     node = options.open_for(image, force_share=force_share, with_children=False)
-    fields = describe.describe(node)
+    damages: list[ImageFormatError] = []
+    fields = describe.describe(node, damages)
     fields["snapshots"] = [snapshot_json(snapshot) for snapshot in node.snapshots()]
     fields["features"] = describe.features(node)
     fields["extensions"] = describe.extensions(node)
@@ -37,7 +40,9 @@ def command(image: str, as_json: bool, force_share: bool, allow_paths: tuple[str
         if link.node is not None:
             link.node.close()
     node.close()
-    return 0 if node.snapshot_table.damage is None else 1
+    for damage in damages:
+        print(f"qcow2snap: warning: {damage}", file=sys.stderr)
+    return 1 if damages or node.snapshot_table.damage else 0
 
 
 def _printable(value: Any) -> Any:

@@ -25,8 +25,11 @@ from qcow2snap.block.qcow2.driver import Qcow2Node
 from qcow2snap.block.qcow2.header import as_text, feature_names
 
 
-def describe(node: Qcow2Node) -> dict[str, Any]:
-    """Everything that `qemu-img info` says, under the same names; without the snapshots, which have a listing."""
+def describe(node: Qcow2Node, damages: list[ImageFormatError]) -> dict[str, Any]:
+    """Everything that `qemu-img info` says, under the same names; without the snapshots, which have a listing.
+
+    Where a part cannot be read, the rest is described, and the error added to `damages`.
+    """
     header = node.header
     fields: dict[str, Any] = {
         "filename": node.filename,
@@ -35,7 +38,7 @@ def describe(node: Qcow2Node) -> dict[str, Any]:
         "actual-size": node.file.allocated_size(),
         "cluster-size": header.cluster_size,
         "dirty-flag": bool(header.incompatible_features & IncompatibleFeature.DIRTY),
-        "format-specific": {"type": "qcow2", "data": _format_specific(node)},
+        "format-specific": {"type": "qcow2", "data": _format_specific(node, damages)},
     }
     if header.crypt_method != CryptMethod.NONE:
         fields["encrypted"] = True
@@ -52,7 +55,7 @@ def _full_name(reference: str, filename: str) -> str:
     return reference if reference.startswith("json:") else os.path.join(os.path.dirname(filename), reference)
 
 
-def _format_specific(node: Qcow2Node) -> dict[str, Any]:
+def _format_specific(node: Qcow2Node, damages: list[ImageFormatError]) -> dict[str, Any]:
     header = node.header
     data: dict[str, Any] = {
         "compat": "1.1" if header.version >= 3 else "0.10",
@@ -67,9 +70,14 @@ def _format_specific(node: Qcow2Node) -> dict[str, Any]:
         if header.data_file:
             data["data-file"] = header.data_file
         data["data-file-raw"] = header.is_data_file_raw
-    bitmaps = read_bitmap_directory(node.file, header)
-    if bitmaps:
-        data["bitmaps"] = [{"name": b.name, "granularity": b.granularity, "flags": b.flag_names} for b in bitmaps]
+    try:
+        bitmaps = read_bitmap_directory(node.file, header)
+    except ImageFormatError as error:
+        error.filename = node.filename
+        damages.append(error)
+    else:
+        listed = [{"name": b.name, "granularity": b.granularity, "flags": b.flag_names} for b in bitmaps]
+        data |= {"bitmaps": listed} if listed else {}
     if header.crypt_method == CryptMethod.AES:
         data["encrypt"] = {"format": "aes"}
     elif header.crypt_method == CryptMethod.LUKS:

@@ -168,7 +168,9 @@ def test_json_names_are_no_way_around_the_rules(tmp_path: Path, options: dict[st
         open_image(str(overlay(tmp_path / "top.qcow2", f"json:{json.dumps(options)}", None)))
 
 
-@pytest.mark.parametrize("text", ["json:", "json:{", "json:[]", "json:" + "[" * 900, 'json:{"file":1}', 'json:{"a":{}}'])
+@pytest.mark.parametrize(
+    "text", ["json:", "json:{", "json:[]", "json:" + "[" * 900, 'json:{"file":1}', 'json:{"a":{}}']
+)
 def test_json_names_that_make_no_sense_are_refused(tmp_path: Path, text: str) -> None:
     top = overlay(tmp_path / "top.qcow2", "x" * len(text), None)
     top.write_bytes(top.read_bytes().replace(b"x" * len(text), text.encode()))

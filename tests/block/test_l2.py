@@ -111,9 +111,7 @@ def same_units(image: ImageHeader, entries: bytes) -> None:
 def test_a_table_of_one_run_is_one_run() -> None:
     image = HEADERS["64k clusters"]
     data = b"".join((1 << 63 | (index + 5) << 16).to_bytes(8, "big") for index in range(8192))
-    assert [run for run in decode(data, 0, image).runs(0, image.l2_coverage)] == [
-        (0, image.l2_coverage, Kind.NORMAL, 5 << 16)
-    ]
+    assert list(decode(data, 0, image).runs(0, image.l2_coverage)) == [(0, image.l2_coverage, Kind.NORMAL, 5 << 16)]
 
 
 def test_runs_go_on_over_the_slices_of_an_extended_table() -> None:

@@ -30,7 +30,8 @@ def exercise(filename: str) -> str:
             try:
                 image = open_image(filename, OpenOptions(), with_children=with_children)
             except Qcow2SnapError as error:
-                assert "\n" not in str(error)
+                if "\n" in str(error):
+                    raise AssertionError("an error of more than one line") from error
                 continue
             try:
                 _describe(image)
@@ -47,11 +48,9 @@ def _describe(image: Qcow2Node) -> None:
     snapshot_lines(list(image.snapshots()))
     for snapshot in image.snapshots():
         snapshot_json(snapshot)
-    for tell in (describe.describe, describe.features, describe.extensions, describe.sharing):
-        try:
-            tell(image)
-        except Qcow2SnapError:
-            continue
+    describe.describe(image, [])
+    for tell in (describe.features, describe.extensions, describe.sharing):
+        tell(image)
 
 
 def _read_everything(image: Qcow2Node) -> None:
@@ -95,7 +94,9 @@ def damaged(data: bytes, choose: random.Random) -> bytes:
         else:
             at = choose.randrange(-(-len(result) // 512)) * 512 + choose.randrange(64)  # where tables start
         width = choose.choice([1, 1, 2, 4, 8])
-        value = choose.choice([choose.getrandbits(8 * width), (1 << 8 * width) - 1, 0, 1 << choose.randrange(8 * width)])
+        value = choose.choice(
+            [choose.getrandbits(8 * width), (1 << 8 * width) - 1, 0, 1 << choose.randrange(8 * width)]
+        )
         result[at : at + width] = value.to_bytes(width, "big")
     if choose.random() < 0.2:
         del result[choose.randrange(len(result)) :]

@@ -24,7 +24,7 @@ from qcow2snap.block.node import (
     SnapshotNotFound,
 )
 from qcow2snap.block.qcow2 import rules
-from qcow2snap.block.qcow2.header import ImageHeader
+from qcow2snap.block.qcow2.header import ImageHeader, judge_active_l1
 from qcow2snap.block.qcow2.snapshot_table import SnapshotTable, TableEntry, read_snapshot_table
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Qcow2Node(BlockNode, SnapshotAccess):
             read = len(self.snapshot_table.entries)
             found.append(
                 f"{self.header.nb_snapshots - read} of {self.header.nb_snapshots} snapshots cannot be read, from entry "
-                f"{read + 1} on: {self.snapshot_table.damage}"
+                f"{read + 1} on: {self.snapshot_table.damage.detail}"
             )
         return found
 
@@ -157,31 +157,22 @@ class Qcow2Node(BlockNode, SnapshotAccess):
         """The L1 table of a snapshot, or of the active disk. Read anew."""
         from qcow2snap.block.qcow2.view import load_l1
 
-        if snapshot is None:
-            return load_l1(self.file, self.header.l1_table_offset, self.header.l1_size)
-        entry = self._entry(snapshot)
-        self._judge_l1(entry)
-        return load_l1(self.file, entry.l1_table_offset, entry.l1_size)
+        try:
+            if snapshot is None:
+                judge_active_l1(self.header)
+                return load_l1(self.file, self.header.l1_table_offset, self.header.l1_size)
+            entry = self._entry(snapshot)
+            _judge_l1(entry, self.header)
+            return load_l1(self.file, entry.l1_table_offset, entry.l1_size)
+        except ImageFormatError as error:
+            error.filename = self.filename
+            raise
 
     def _entry(self, snapshot: SnapshotInfo) -> TableEntry:
         entries = self.snapshot_table.entries
         if snapshot.position < len(entries) and entries[snapshot.position].info == snapshot:
             return entries[snapshot.position]
         raise SnapshotNotFound(f"{self.filename}: snapshot {snapshot} is not in the table")
-
-    def _judge_l1(self, entry: TableEntry) -> None:
-        """The rules for a snapshot's L1 table; those for the active one are the header's."""
-        offset, where = entry.l1_table_offset, entry.info.host_offset
-        if offset % self.header.cluster_size:
-            what = f"the L1 table of snapshot {entry.info} is at {offset:#x}, not a cluster boundary"
-            error = rules.SNAPSHOT_L1_OFFSET.broken(where, what)
-        elif entry.l1_size * 8 > layout.MAX_L1_TABLE_SIZE:
-            what = f"the L1 table of snapshot {entry.info} has {entry.l1_size} entries, more than 32 MiB"
-            error = rules.SNAPSHOT_L1_OFFSET.broken(where + 8, what)
-        else:
-            return
-        error.filename = self.filename
-        raise error
 
     @cached_property
     def _image(self) -> Image:
@@ -200,3 +191,14 @@ class Qcow2Node(BlockNode, SnapshotAccess):
             backing=self.backing,
             is_encrypted=self.header.crypt_method != CryptMethod.NONE,
         )
+
+
+def _judge_l1(entry: TableEntry, header: ImageHeader) -> None:
+    """The rules for a snapshot's L1 table; those for the active one are the header's."""
+    offset, where = entry.l1_table_offset, entry.info.host_offset
+    if offset % header.cluster_size:
+        what = f"the L1 table of snapshot {entry.info} is at {offset:#x}, not a cluster boundary"
+        raise rules.SNAPSHOT_L1_OFFSET.broken(where, what)
+    if entry.l1_size * 8 > layout.MAX_L1_TABLE_SIZE:
+        what = f"the L1 table of snapshot {entry.info} has {entry.l1_size} entries, more than 32 MiB"
+        raise rules.SNAPSHOT_L1_OFFSET.broken(where + 8, what)

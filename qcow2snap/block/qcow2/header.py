@@ -161,7 +161,10 @@ def read_header(file: FileNode) -> ImageHeader:
 
 
 def _judge(fields: Container, first_cluster: bytes) -> None:
-    """The rules without which the image cannot be read. Order and bounds as in QEMU's qcow2_do_open."""
+    """The rules without which nothing of the image can be read. Order and bounds as in QEMU's qcow2_do_open.
+
+    QEMU also refuses an image whose active L1 table or snapshot table is out of bounds; here the others stay readable.
+    """
     cluster_size = 1 << fields.cluster_bits
     if fields.version >= 3:
         if len(first_cluster) < layout.HEADER_LENGTH_V3:
@@ -181,23 +184,18 @@ def _judge(fields: Container, first_cluster: bytes) -> None:
         raise rules.HEADER_REFCOUNT_ORDER.broken(96, f"refcount_order {fields.refcount_order} is more than 6")
     if fields.crypt_method not in tuple(CryptMethod):
         raise rules.HEADER_CRYPT_METHOD.broken(32, f"encryption method {fields.crypt_method} is not known")
-    if fields.nb_snapshots > layout.MAX_SNAPSHOTS:
-        raise rules.HEADER_SNAPSHOTS.broken(60, f"{fields.nb_snapshots} snapshots are more than {layout.MAX_SNAPSHOTS}")
-    if fields.nb_snapshots and fields.snapshots_offset % cluster_size:
-        raise rules.HEADER_SNAPSHOTS.broken(
-            64, f"the snapshot table at {fields.snapshots_offset:#x} does not start at a cluster boundary"
-        )
-    if fields.l1_size * 8 > layout.MAX_L1_TABLE_SIZE:
-        raise rules.HEADER_L1_SIZE.broken(36, f"an L1 table of {fields.l1_size} entries is larger than 32 MiB")
-    if fields.l1_table_offset % cluster_size:
-        raise rules.HEADER_L1_OFFSET.broken(
-            40, f"the L1 table at {fields.l1_table_offset:#x} does not start at a cluster boundary"
-        )
-    entry_size = 16 if fields.incompatible_features & IncompatibleFeature.EXTENDED_L2_ENTRIES else 8
-    if -(-fields.size // (cluster_size // entry_size * cluster_size)) > fields.l1_size:
-        raise rules.HEADER_L1_SIZE.broken(
-            36, f"an L1 table of {fields.l1_size} entries is too small for a disk of {fields.size} bytes"
-        )
+
+
+def judge_active_l1(header: ImageHeader) -> None:
+    """The rules for the active L1 table, without which snapshots can be read all the same."""
+    if header.l1_size * 8 > layout.MAX_L1_TABLE_SIZE:
+        raise rules.HEADER_L1_SIZE.broken(36, f"an L1 table of {header.l1_size} entries is larger than 32 MiB")
+    if header.l1_table_offset % header.cluster_size:
+        what = f"the L1 table at {header.l1_table_offset:#x} does not start at a cluster boundary"
+        raise rules.HEADER_L1_OFFSET.broken(40, what)
+    if -(-header.size // header.l2_coverage) > header.l1_size:
+        what = f"an L1 table of {header.l1_size} entries is too small for a disk of {header.size} bytes"
+        raise rules.HEADER_L1_SIZE.broken(36, what)
 
 
 def _judge_features(fields: Container) -> None:

@@ -59,9 +59,6 @@ HEADER_CRYPT_METHOD = _corruption("QCOW2-HDR-012", "Header", "The encryption met
 HEADER_SNAPSHOTS = _corruption(
     "QCOW2-HDR-013", "Header", "The snapshot table starts at a cluster boundary and has at most 65,536 entries."
 )
-HEADER_SIZE = _corruption(
-    "QCOW2-HDR-014", "Header", "The virtual disk size can be addressed: L1 tables are limited to 32 MiB."
-)
 HEADER_RAW_DATA = _corruption(
     "QCOW2-HDR-015", "Header", "The raw external data bit is set only together with the external data file bit."
 )
@@ -113,20 +110,6 @@ SNAPSHOT_L1_SIZE = _corruption(
     "QCOW2-SNAP-005", "Snapshots", "The L1 table of a snapshot covers its disk and its VM state."
 )
 
-REFCOUNT_TABLE = _corruption(
-    "QCOW2-REF-001",
-    "Host cluster management",
-    "The refcount table starts at a cluster boundary, is not empty and has at most 8 MiB.",
-)
-
 BITMAP_DIRECTORY = _corruption(
     "QCOW2-BMP-001", "Bitmaps", "The bitmap directory lies within the file and is as long as its entries."
 )
-
-CRYPT_EXTENSION = _corruption(
-    "QCOW2-CRYPT-001",
-    "Full disk encryption header pointer",
-    "A LUKS image has the full disk encryption header, within the file.",
-)
-
-ALL_RULES: tuple[Rule, ...] = tuple(value for value in globals().copy().values() if isinstance(value, Rule))

@@ -35,13 +35,16 @@ def read_snapshot_table(file: FileNode, header: ImageHeader) -> SnapshotTable:
     entries: list[TableEntry] = []
     window = _Window(file)
     position = header.snapshots_offset
-    for index in range(header.nb_snapshots):
-        try:
-            entry = _read_entry(window, header, position, index)
-        except ImageFormatError as damage:
-            return SnapshotTable(tuple(entries), damage)
-        entries.append(entry)
-        position += len(entry.raw)
+    try:
+        if header.nb_snapshots and position % header.cluster_size:
+            raise rules.HEADER_SNAPSHOTS.broken(64, f"the snapshot table is at {position:#x}, not a cluster boundary")
+        for index in range(header.nb_snapshots):
+            if index == layout.MAX_SNAPSHOTS:
+                raise rules.HEADER_SNAPSHOTS.broken(60, f"{header.nb_snapshots} snapshots are more than {index}")
+            entries.append(_read_entry(window, header, position, index))
+            position += len(entries[-1].raw)
+    except ImageFormatError as damage:
+        return SnapshotTable(tuple(entries), damage)
     return SnapshotTable(tuple(entries))
 
 
@@ -50,6 +53,8 @@ def _read_entry(window: _Window, header: ImageHeader, position: int, index: int)
     fixed = window.read(position, layout.SNAPSHOT_HEADER_LENGTH)
     if len(fixed) < layout.SNAPSHOT_HEADER_LENGTH:
         raise rules.SNAPSHOT_COMPLETE.broken(position, f"the file ends within the table entry of {what}")
+    if not any(fixed):  # an L1 table cannot be where the header is
+        raise rules.SNAPSHOT_L1_OFFSET.broken(position, f"the table entry of {what} is all zeros; it has been lost")
     id_str_size, name_size, extra_data_size = (int.from_bytes(fixed[a:b], "big") for a, b in _VARIABLE_SIZES)
     if extra_data_size > layout.MAX_SNAPSHOT_EXTRA_DATA_SIZE:
         raise rules.SNAPSHOT_EXTRA_DATA.broken(

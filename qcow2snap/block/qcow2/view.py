@@ -281,8 +281,7 @@ def load_l1(file: FileNode, host_offset: int, nb_entries: int) -> L1Table:
     """Read an L1 table, whose place and size have been judged. Not in the file: ImageFormatError."""
     data = file.pread_available(host_offset, 8 * nb_entries)
     if len(data) < 8 * nb_entries:
-        what = f"the L1 table at {host_offset:#x} reaches beyond the end of the file"
-        error = rules.L1_COMPLETE.broken(host_offset, what)
-        error.filename = file.filename
-        raise error
+        raise rules.L1_COMPLETE.broken(
+            host_offset, f"the L1 table at {host_offset:#x} reaches beyond the end of the file"
+        )
     return L1Table(host_offset, data)
