@@ -15,7 +15,7 @@ from qcow2snap.block.node import BlockNode, Extent, SnapshotInfo
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
 
 if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
+    from _typeshed import ReadableBuffer, WriteableBuffer
 
     from qcow2snap.block.qcow2.driver import Qcow2Node
 
@@ -186,6 +186,9 @@ class NodeFile(io.RawIOBase):
         buffer = bytearray(rest)
         self.readinto(buffer)
         return bytes(buffer)
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        raise io.UnsupportedOperation("a disk in an image is read-only")
 
     def pread(self, length: int, offset: int) -> bytes:
         """Bytes at an offset, whatever the position is: for threads that share a file. Short at the end."""

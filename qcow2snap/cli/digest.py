@@ -56,7 +56,9 @@ def command(
         raise click.UsageError("--manifest and --verify exclude each other")
     disk = options.open_for(image, force_share=force_share, allow_paths=allow_paths)
     if verify is not None:
-        return _verify(disk, read_manifest(verify)["entries"], refs)
+        outcome = _verify(disk, read_manifest(verify)["entries"], refs)
+        disk.close()
+        return outcome
     output = None if out is None or is_stream(out) else OutputFile(out, 0, force=True, inputs=files_of(disk))
     subjects = _subjects(disk, refs, active)
     names = list(dict.fromkeys(algorithms or DEFAULT_ALGORITHMS))

@@ -124,7 +124,8 @@ def _to_stream(node: BlockNode, start: int, length: int, out: str, skip_damaged:
 def _tell_sum(holes: list[Hole]) -> None:
     if holes:
         missing = sum(hole.length for hole in holes)
-        print(f"qcow2snap: {missing} bytes in {len(holes)} holes could not be read", file=sys.stderr)
+        places = "one hole" if len(holes) == 1 else f"{len(holes)} holes"
+        print(f"qcow2snap: {missing} bytes in {places} could not be read", file=sys.stderr)
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def test_without_it_the_first_damage_is_the_error(library: Library, run: Run, tm
 
 def test_how_much_is_missing_is_told(library: Library, run: Run, tmp_path: Path) -> None:
     result = run("extract", "--skip-damaged", library.path("l2-unaligned"), tmp_path / "out")
-    assert result.stderr == "qcow2snap: 4096 bytes in 1 holes could not be read\n"
+    assert result.stderr == "qcow2snap: 4096 bytes in one hole could not be read\n"
 
 
 def test_a_sound_image_has_an_empty_list(library: Library, sound: bytes, tmp_path: Path) -> None:
