@@ -12,6 +12,8 @@ from qcow2snap.block.image_lock import lock_for_reading
 from qcow2snap.block.node import BlockNode, Buffer, Extent, FileError, Status
 
 _IOV_MAX = 1024  # buffers that one preadv takes
+_UNCHECKED = 2 << 20  # bytes that may be asked for without a look at what there is
+_LAST_OFFSET = (1 << 63) - (4 << 20)  # what the kernel takes as an offset, with a cluster behind it
 
 
 class Locking(Enum):
@@ -93,13 +95,19 @@ class FileNode(BlockNode):
         return sum(map(len, views))
 
     def pread_available(self, offset: int, length: int) -> bytes:
-        """Up to `length` bytes at `offset`, fewer where the file ends. Allocates no more than there is."""
-        length = min(length, max(0, self.current_size() - offset))
-        if length <= 0:
-            return b""
-        buffer = bytearray(length)
-        missing = self.preadv_available(offset, [buffer])
-        return bytes(buffer[: length - missing])
+        """Up to `length` bytes at `offset`, fewer where the file ends. Allocates no more than there is, or 2 MiB."""
+        if length > _UNCHECKED or offset > _LAST_OFFSET:
+            length = min(length, max(0, self.current_size() - offset))
+        data = b""
+        while len(data) < length:
+            try:
+                more = os.pread(self._fd, length - len(data), offset + len(data))
+            except OSError as error:
+                raise _file_error(f"{self.filename}: read at byte {offset:#x}", error) from None
+            if not more:
+                break
+            data = data + more if data else more
+        return data
 
     def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Iterator[Extent]:
         """Holes of the file as zeros, found with SEEK_DATA where it has that (QEMU raw_co_block_status)."""

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import threading
 import zlib
+from collections.abc import Iterator, Sequence
 
 from formats.qcow2 import SECTOR_SIZE, CompressionType, compressed_l2_entry
 from qcow2snap.block.file import FileNode
 from qcow2snap.block.lru import BoundedCache
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.header import ImageHeader
+
+_SPAN = 1 << 20  # bytes of compressed clusters that are read at once
+_GAP = 1 << 14  # bytes between them that are read in vain: cheaper than another call
 
 
 class CompressedClusters:
@@ -42,17 +46,39 @@ class CompressedClusters:
         return host_offset, sectors * SECTOR_SIZE - host_offset % SECTOR_SIZE
 
     def cluster(self, entry: int) -> bytes:
-        """The decompressed cluster of an L2 entry."""
+        """The decompressed cluster of an L2 entry. Kept: whoever wants a part of it will soon want another."""
         cluster = self._cache.get(entry)
         if cluster is None:
-            cluster = self.read(entry)
+            host_offset, length = self.host_range(entry)
+            cluster = self._cluster_of(self._file.pread_available(host_offset, length), host_offset)
             self._cache.put(entry, cluster, len(cluster))
         return cluster
 
-    def read(self, entry: int) -> bytes:
-        """As `cluster`, past the cache: for whoever reads each cluster once."""
-        host_offset, length = self.host_range(entry)
-        data = self._file.pread_available(host_offset, length)
+    def clusters(self, entries: Sequence[int]) -> Iterator[bytes]:
+        """The decompressed clusters of many entries, in turn, for whoever wants them whole. Not kept.
+
+        Writers put compressed clusters one behind the other: what lies close together is read at once.
+        """
+        ranges = [self.host_range(entry) for entry in entries]
+        datas: list[memoryview | None] = [None] * len(ranges)
+        order = sorted(range(len(ranges)), key=ranges.__getitem__)
+        index = 0
+        while index < len(order):
+            start, length = ranges[order[index]]
+            end, last = start + length, index + 1
+            while last < len(order) and ranges[order[last]][0] - end <= _GAP and end - start < _SPAN:
+                end = max(end, sum(ranges[order[last]]))
+                last += 1
+            data = memoryview(self._file.pread_available(start, end - start))
+            for each in order[index:last]:
+                host_offset, length = ranges[each]
+                datas[each] = data[host_offset - start :][:length]
+            index = last
+        for (host_offset, _), each_data in zip(ranges, datas, strict=True):
+            assert each_data is not None
+            yield self._cluster_of(each_data, host_offset)
+
+    def _cluster_of(self, data: bytes | memoryview, host_offset: int) -> bytes:
         if not data:
             raise rules.COMPRESSED_IN_FILE.broken(
                 host_offset, f"the compressed cluster at {host_offset:#x} lies beyond the end of the file"
@@ -65,7 +91,7 @@ class CompressedClusters:
             ) from None
 
 
-def deflate_decompress(data: bytes, cluster_size: int) -> bytes:
+def deflate_decompress(data: bytes | memoryview, cluster_size: int) -> bytes:
     """`cluster_size` bytes from a raw deflate stream. Damaged or too short: ValueError."""
     import deflate
 
@@ -78,7 +104,7 @@ def deflate_decompress(data: bytes, cluster_size: int) -> bytes:
     return bytes(cluster)
 
 
-def deflate_decompress_slowly(data: bytes, cluster_size: int) -> bytes:
+def deflate_decompress_slowly(data: bytes | memoryview, cluster_size: int) -> bytes:
     """As deflate_decompress, with zlib: the plain twin, and what reads streams that do not end with the cluster."""
     try:
         cluster = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, cluster_size)
@@ -92,7 +118,7 @@ def deflate_decompress_slowly(data: bytes, cluster_size: int) -> bytes:
 _thread = threading.local()
 
 
-def zstd_decompress(data: bytes, cluster_size: int) -> bytes:
+def zstd_decompress(data: bytes | memoryview, cluster_size: int) -> bytes:
     """`cluster_size` bytes from zstd frames. Damaged or too short: ValueError."""
     import zstandard
 
@@ -111,7 +137,7 @@ def zstd_decompress(data: bytes, cluster_size: int) -> bytes:
     return zstd_decompress_slowly(data, cluster_size)
 
 
-def zstd_decompress_slowly(data: bytes, cluster_size: int) -> bytes:
+def zstd_decompress_slowly(data: bytes | memoryview, cluster_size: int) -> bytes:
     """`cluster_size` bytes from one or more zstd frames, streamed: the plain twin, for what one call refuses."""
     import zstandard
 

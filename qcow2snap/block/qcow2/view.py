@@ -34,6 +34,11 @@ _ALLOCATED_ZERO = Status.ZERO | Status.ALLOCATED
 _COMPRESSED = Status.DATA | Status.ALLOCATED | Status.COMPRESSED
 
 
+# So are these, as plain integers: members of an enumeration are looked up and compared at ten times the cost.
+_ZERO_PLAIN, _ZERO_ALLOC = int(Kind.ZERO_PLAIN), int(Kind.ZERO_ALLOC)
+_NORMAL, _COMPRESSED_KIND, _INVALID = int(Kind.NORMAL), int(Kind.COMPRESSED), int(Kind.INVALID)
+
+
 class L1Table:
     """An L1 table in memory: host offsets of L2 tables, 0 where there is none. Immutable."""
 
@@ -157,24 +162,45 @@ class View(BlockNode):
         self.check_range(offset, cursor.remaining)
         if self._image.is_encrypted:
             raise UnsupportedFeature(f"{self._image.file.filename}: is encrypted; its data cannot be read yet")
+        compressed: list[Mapping] = []  # whole clusters, one behind the other
+        cluster_size = self._image.header.cluster_size
         for mapping in self.mappings(offset, cursor.remaining):
             kind = mapping.kind
-            if kind == Kind.NORMAL:
+            if kind == _COMPRESSED_KIND and mapping.length == cluster_size:
+                compressed.append(mapping)
+                continue
+            if compressed:
+                self._read_compressed(compressed, cursor)
+                compressed = []
+            if kind == _NORMAL:
                 host = self._checked_host(mapping)
                 self._image.data_file.preadv_available(host, cursor.take(mapping.length))
-            elif kind in (Kind.ZERO_PLAIN, Kind.ZERO_ALLOC):
+            elif kind in (_ZERO_PLAIN, _ZERO_ALLOC):
                 cursor.zero(mapping.length)
-            elif kind == Kind.COMPRESSED:
-                in_cluster = mapping.in_table % self._image.header.cluster_size
-                try:
-                    cluster = self._image.compressed.cluster(mapping.host)
-                except ImageFormatError as error:
-                    raise self._located(error, mapping.offset, mapping.length) from None
-                cursor.copy(memoryview(cluster)[in_cluster : in_cluster + mapping.length])
-            elif kind == Kind.INVALID:
+            elif kind == _COMPRESSED_KIND:
+                self._read_part_of_compressed(mapping, cursor)
+            elif kind == _INVALID:
                 raise self._invalid(mapping)
             else:
                 self._read_below(mapping.offset, cursor, mapping.length)
+        if compressed:
+            self._read_compressed(compressed, cursor)
+
+    def _read_compressed(self, mappings: Sequence[Mapping], cursor: Cursor) -> None:
+        clusters = self._image.compressed.clusters([mapping.host for mapping in mappings])
+        for mapping in mappings:
+            try:
+                cursor.copy(memoryview(next(clusters)))
+            except ImageFormatError as error:
+                raise self._located(error, mapping.offset, mapping.length) from None
+
+    def _read_part_of_compressed(self, mapping: Mapping, cursor: Cursor) -> None:
+        in_cluster = mapping.in_table % self._image.header.cluster_size
+        try:
+            cluster = self._image.compressed.cluster(mapping.host)
+        except ImageFormatError as error:
+            raise self._located(error, mapping.offset, mapping.length) from None
+        cursor.copy(memoryview(cluster)[in_cluster : in_cluster + mapping.length])
 
     # -- one run ------------------------------------------------------------------------------------------------------
 
@@ -183,19 +209,19 @@ class View(BlockNode):
         find_holes = want_zero and self._image.has_preallocated_metadata
         for mapping in self.mappings(offset, length):
             kind = mapping.kind
-            if kind == Kind.NORMAL:
+            if kind == _NORMAL:
                 host = self._checked_host(mapping)
                 if find_holes and data_file is not None:
                     yield from self._with_holes(mapping.offset, mapping.length, host)
                 else:
                     yield Extent(mapping.offset, mapping.length, _ALLOCATED_DATA, 0, data_file, host)
-            elif kind == Kind.ZERO_ALLOC:
+            elif kind == _ZERO_ALLOC:
                 yield Extent(mapping.offset, mapping.length, _ALLOCATED_ZERO, 0, data_file, mapping.host)
-            elif kind == Kind.ZERO_PLAIN:
+            elif kind == _ZERO_PLAIN:
                 yield Extent(mapping.offset, mapping.length, _ALLOCATED_ZERO)
-            elif kind == Kind.COMPRESSED:
+            elif kind == _COMPRESSED_KIND:
                 yield Extent(mapping.offset, mapping.length, _COMPRESSED)
-            elif kind == Kind.INVALID:
+            elif kind == _INVALID:
                 raise self._invalid(mapping)
             else:
                 yield from self._extents_below(mapping, want_zero, data_file)
