@@ -57,7 +57,7 @@ class Extent(NamedTuple):
     @property
     def must_read(self) -> bool:
         """The bytes are not known to be zeros."""
-        return self.status & 3 == 1  # DATA and not ZERO
+        return int.__and__(self.status, 3) == 1  # DATA and not ZERO; a flag's own & costs ten times as much
 
 
 class SnapshotInfo(NamedTuple):

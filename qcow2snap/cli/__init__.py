@@ -13,6 +13,9 @@ import click
 from qcow2snap import __version__
 from qcow2snap.block.node import Qcow2SnapError
 
+# numpy's linear algebra, which is not used here, would start a thread for each processor and let it spin for a while.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # Name and one line of help, so that `--help` imports no command. (Once `list` and `map` are imported, these names mean
 # the modules here, not the builtins.)
 _COMMANDS = {

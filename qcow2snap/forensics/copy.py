@@ -2,10 +2,10 @@
 
 What has to be read is cut into ranges of at most 2 MiB, which threads copy, each through a buffer of its own that is
 used again and again: many small extents become one write, decompression lets go of the GIL, and no page is faulted in
-twice. On a file system that shares blocks (a reflink one), bytes that lie verbatim in a file are shared instead, by
-copy_file_range; elsewhere that call was slower than reading and writing (0.55 s for 0.36 s on 1.8 GiB by two threads,
-ext4). Zeros and holes are skipped: the output is new and sparse. Benchmark: tests/benchmarks/extract.py; plain twin:
-copy_stream.
+twice. Bytes that lie verbatim in a file are read from there, without asking the node for them a second time. On a file
+system that shares blocks (a reflink one) they are shared instead, by copy_file_range; elsewhere that call was slower
+than reading and writing (0.55 s for 0.36 s on 1.8 GiB by two threads, ext4). Zeros and holes are skipped: the output is
+new and sparse. Benchmark: tests/benchmarks/extract.py; plain twin: copy_stream.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -34,11 +34,12 @@ Progress = Callable[[int], None]
 
 
 class Range(NamedTuple):
-    """Guest bytes to copy; `source` where they are to be shared with that extent."""
+    """Guest bytes to copy, and the extents that they are."""
 
     offset: int
     length: int
-    source: Extent | None = None
+    extents: Sequence[Extent] = ()
+    is_shared: bool = False  # blocks of the one extent's file are to be shared
 
 
 def copy_sparse(
@@ -87,7 +88,7 @@ class _SparseCopy:
 
     def ranges(self, offset: int, length: int, write_zeros: bool, progress: Progress) -> Iterator[Range]:
         """What has to be written, neighbours in one, none over a multiple of BATCH_SIZE: clusters stay whole."""
-        start = end = offset
+        gathered: list[Extent] = []
         for extent in _extents(self._node, offset, length, self._skip_damaged):
             if isinstance(extent, Hole):
                 self.holes.append(extent)
@@ -95,33 +96,34 @@ class _SparseCopy:
             elif not (extent.must_read or write_zeros):
                 progress(extent.length)
             elif extent.file is not None and extent.must_read and self._can_share(extent, extent.file):
-                yield Range(extent.offset, extent.length, extent)
+                yield Range(extent.offset, extent.length, [extent], is_shared=True)
             else:
-                if extent.offset != end:
-                    yield from _pieces(start, end - start, BATCH_SIZE)
-                    start = extent.offset
-                end = extent.end
-                # What is complete is given away, so that copying starts before a long extent list is read.
-                whole = end - end % BATCH_SIZE
-                if whole > start:
-                    yield from _pieces(start, whole - start, BATCH_SIZE)
-                    start = whole
-        yield from _pieces(start, end - start, BATCH_SIZE)
+                for start, count in _pieces(extent.offset, extent.length, BATCH_SIZE):
+                    if gathered and (gathered[-1].end != start or start % BATCH_SIZE == 0):
+                        yield _range_of(gathered)
+                        gathered = []
+                    file_offset = extent.file_offset + start - extent.offset
+                    gathered.append(extent._replace(offset=start, length=count, file_offset=file_offset))
+        if gathered:
+            yield _range_of(gathered)
 
     def batch(self, batch: list[Range]) -> None:
         for part in batch:
-            if part.source is None or not self._share(part.source):
-                for piece in _pieces(part.offset, part.length, BATCH_SIZE):
-                    self._copy(piece)
+            if part.is_shared and self._share(part.extents[0]):
+                continue
+            for offset, length in _pieces(part.offset, part.length, BATCH_SIZE):
+                self._copy(offset, length, part.extents if length == part.length else ())
 
-    def _copy(self, part: Range) -> None:
+    def _copy(self, offset: int, length: int, extents: Sequence[Extent]) -> None:
+        """Up to BATCH_SIZE bytes through this thread's buffer; `extents` saves looking up again where they lie."""
         try:
             buffer = self._thread.buffer
         except AttributeError:
             buffer = self._thread.buffer = memoryview(bytearray(BATCH_SIZE))
-        data = buffer[: part.length]
-        self.holes += _read(self._node, part.offset, data, self._skip_damaged)
-        position = part.offset - self._base
+        data = buffer[:length]
+        if not (extents and all(_read_verbatim(extent, data[extent.offset - offset :]) for extent in extents)):
+            self.holes += _read(self._node, offset, data, self._skip_damaged)
+        position = offset - self._base
         while data:
             count = os.pwrite(self._fd, data, position)
             data, position = data[count:], position + count
@@ -158,6 +160,17 @@ class _SparseCopy:
         return True
 
 
+def _range_of(extents: list[Extent]) -> Range:
+    return Range(extents[0].offset, extents[-1].end - extents[0].offset, extents)
+
+
+def _read_verbatim(extent: Extent, buffer: memoryview) -> bool:
+    """Read an extent from its file. False if its bytes are not there, or not all: the node knows what they are."""
+    if extent.file is None or not extent.must_read:
+        return False
+    return os.preadv(extent.file.fileno(), [buffer[: extent.length]], extent.file_offset) == extent.length
+
+
 def _batches(ranges: Iterator[Range], progress: Progress) -> Iterator[list[Range]]:
     """Ranges, so many together that a thread is worth waking."""
     batch: list[Range] = []
@@ -189,7 +202,7 @@ def copy_stream(
     for extent in _extents(node, offset, length, skip_damaged):
         if isinstance(extent, Hole):
             holes.append(extent)
-        for start, count, _ in _pieces(extent.offset, extent.length, _STREAM_SIZE):
+        for start, count in _pieces(extent.offset, extent.length, _STREAM_SIZE):
             if isinstance(extent, Extent) and extent.must_read:
                 holes += _read(node, start, buffer[:count], skip_damaged)
                 write(buffer[:count])
@@ -203,12 +216,12 @@ def _extents(node: BlockNode, offset: int, length: int, skip_damaged: bool) -> I
     return readable_extents(node, offset, length) if skip_damaged else node.block_status(offset, length)
 
 
-def _pieces(offset: int, length: int, size: int) -> Iterator[Range]:
+def _pieces(offset: int, length: int, size: int) -> Iterator[tuple[int, int]]:
     """Pieces that end at multiples of `size`, so that no cluster is read twice."""
     end = offset + length
     while offset < end:
         count = min(size - offset % size, end - offset)
-        yield Range(offset, count)
+        yield offset, count
         offset += count
 
 
