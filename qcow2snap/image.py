@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from qcow2snap.block.graph import OpenOptions, open_image
 from qcow2snap.block.node import BlockNode, Extent, SnapshotInfo
+from qcow2snap.block.qcow2.driver import TABLE_CACHE_SIZE
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
 
 if TYPE_CHECKING:
@@ -25,14 +26,16 @@ def open(  # noqa: A001  # as in tarfile, zipfile and wave
     *,
     force_share: bool = False,
     allow_paths: Sequence[str] = (),
+    l2_cache_size: int = TABLE_CACHE_SIZE,
 ) -> Image:
     """Open a qcow2 image for reading.
 
-    force_share  read it although a VM has it open; only snapshots are then sure not to change
-    allow_paths  directories whose files the image may name as backing or data file, besides its own directory
+    force_share    read it although a VM has it open; only snapshots are then sure not to change
+    allow_paths    directories whose files the image may name as backing or data file, besides its own directory
+    l2_cache_size  bytes of decoded L2 tables to keep
     Raises ImageFormatError, UnsupportedFeature, ImageInUse, ReferenceRefused, FileError.
     """
-    node = open_image(os.fspath(filename), OpenOptions(force_share=force_share, allow_paths=tuple(allow_paths)))
+    node = open_image(os.fspath(filename), OpenOptions(force_share, tuple(allow_paths), l2_cache_size))
     for warning in node.warnings:
         warnings.warn(f"{node.filename}: {warning}", stacklevel=2)
     return Image(node)

@@ -9,10 +9,9 @@ from typing import Any
 
 import click
 
-from qcow2snap.block.graph import files_of
+from qcow2snap.block.graph import OpenOptions, files_of
 from qcow2snap.block.node import SnapshotInfo, SnapshotNotFound
 from qcow2snap.block.qcow2.driver import Qcow2Node
-from qcow2snap.block.snapshot_access import SnapshotAccessNode
 from qcow2snap.block.snapshot_ref import shown
 from qcow2snap.cli import options, text
 from qcow2snap.cli.progress import ProgressBar
@@ -37,7 +36,7 @@ from qcow2snap.forensics.output import OutputFile, is_stream
     "--verify", "verify", metavar="MANIFEST", help="Compare with a manifest: exit code 1 if anything differs."
 )
 @options.json_option
-@options.sharing_options
+@options.opening_options
 def command(
     image: str,
     refs: tuple[str, ...],
@@ -46,15 +45,14 @@ def command(
     out: str | None,
     verify: str | None,
     as_json: bool,
-    force_share: bool,
-    allow_paths: tuple[str, ...],
+    opening: OpenOptions,
 ) -> int:
     """Hash the active disk and all snapshots of IMAGE, reading what they share once."""
     for algorithm in algorithms:
         new_hasher(algorithm)  # an unknown one is told before anything is read
     if verify is not None and out is not None:
         raise click.UsageError("--manifest and --verify exclude each other")
-    disk = options.open_for(image, force_share=force_share, allow_paths=allow_paths)
+    disk = options.open_for(image, opening)
     if verify is not None:
         outcome = _verify(disk, read_manifest(verify)["entries"], refs)
         disk.close()
@@ -80,12 +78,12 @@ def command(
 
 
 def _active(disk: Qcow2Node) -> Subject:
-    return Subject(disk, {"id": None, "name": None, "size": disk.size})
+    return Subject(disk.view(None), {"id": None, "name": None, "size": disk.size})
 
 
 def _snapshot(disk: Qcow2Node, snapshot: SnapshotInfo) -> Subject:
     entry = {"id": text.json_text(snapshot.id), "name": text.json_text(snapshot.name), "size": snapshot.size}
-    return Subject(SnapshotAccessNode(disk, snapshot), entry)
+    return Subject(disk.view(snapshot), entry, snapshot)
 
 
 def _subjects(disk: Qcow2Node, refs: Sequence[str], active: bool) -> list[Subject]:
@@ -96,7 +94,7 @@ def _subjects(disk: Qcow2Node, refs: Sequence[str], active: bool) -> list[Subjec
 
 
 def _entries(subjects: Sequence[Subject], algorithms: Sequence[str]) -> list[dict[str, Any]]:
-    with ProgressBar("digest", sum(subject.node.size for subject in subjects)) as bar:
+    with ProgressBar("digest", sum(subject.view.size for subject in subjects)) as bar:
         results = digests(subjects, algorithms, bar.advance)
     return [{**subject.entry, "digests": result} for subject, result in zip(subjects, results, strict=True)]
 
@@ -119,7 +117,7 @@ def _verify(disk: Qcow2Node, entries: Sequence[dict[str, Any]], refs: Sequence[s
     wanted = {disk.find_snapshot(ref) for ref in refs}
     subjects: list[tuple[Subject, dict[str, Any]]] = []
     differing: list[str] = []
-    resized: set[SnapshotInfo] = set()
+    resized: set[SnapshotInfo | None] = set()
     for entry in entries:
         try:
             subject = _subject_of(disk, entry)
@@ -127,14 +125,14 @@ def _verify(disk: Qcow2Node, entries: Sequence[dict[str, Any]], refs: Sequence[s
             if not wanted:
                 differing.append(f"{_title(entry)}: {error}")
             continue
-        if wanted and not (isinstance(subject.node, SnapshotAccessNode) and subject.node.snapshot in wanted):
+        if wanted and subject.snapshot not in wanted:
             continue
-        if subject.node.size != entry["size"]:
-            resized |= {subject.node.snapshot} if isinstance(subject.node, SnapshotAccessNode) else set()
-            differing.append(f"{_title(entry)}: size is {subject.node.size}, was {entry['size']}")
+        if subject.view.size != entry["size"]:
+            resized.add(subject.snapshot)
+            differing.append(f"{_title(entry)}: size is {subject.view.size}, was {entry['size']}")
         else:
             subjects.append((subject, entry))
-    found = {subject.node.snapshot for subject, _ in subjects if isinstance(subject.node, SnapshotAccessNode)}
+    found = {subject.snapshot for subject, _ in subjects}
     differing += [f"{shown(s.name)}: is not in the manifest" for s in sorted(wanted - found - resized)]
     algorithms = list(dict.fromkeys(name for _, entry in subjects for name in entry["digests"]))
     results = _entries([subject for subject, _ in subjects], algorithms)

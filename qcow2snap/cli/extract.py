@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 import click
 
-from qcow2snap.block.graph import files_of
+from qcow2snap.block.graph import OpenOptions, files_of
 from qcow2snap.block.node import BlockNode, FileError, ImageFormatError, OutOfRange
 from qcow2snap.cli import options
 from qcow2snap.cli.progress import ProgressBar
@@ -43,7 +43,7 @@ class Range(click.ParamType[tuple[int, int | None]]):
 @click.option("--range", "wanted", type=Range(), help="Only these bytes, such as 1M:64k.")
 @click.option("--skip-damaged", is_flag=True, help="Go on at damage; list what is missing in OUT.holes.json.")
 @click.option("-f", "--force", is_flag=True, help="Overwrite OUT.")
-@options.sharing_options
+@options.opening_options
 def command(
     image: str,
     out: str,
@@ -52,11 +52,10 @@ def command(
     wanted: tuple[int, int | None] | None,
     skip_damaged: bool,
     force: bool,
-    force_share: bool,
-    allow_paths: tuple[str, ...],
+    opening: OpenOptions,
 ) -> None:
     """Copy a disk, a snapshot or a VM state of IMAGE to the raw, sparse file OUT; - is standard output."""
-    disk = options.open_for(image, force_share=force_share, allow_paths=allow_paths)
+    disk = options.open_for(image, opening)
     node = options.choose(disk, snapshot, vm_state)
     start, length = wanted or (0, None)
     if start > node.size or (length is not None and start + length > node.size):

@@ -18,17 +18,17 @@ from qcow2snap.forensics import describe
 @click.command("info")
 @options.image_argument
 @options.json_option
-@options.sharing_options
-def command(image: str, as_json: bool, force_share: bool, allow_paths: tuple[str, ...]) -> int:
+@options.opening_options
+def command(image: str, as_json: bool, opening: OpenOptions) -> int:
     """Describe IMAGE. Backing and data files need not be there."""
-    node = options.open_for(image, force_share=force_share, with_children=False)
+    node = options.open_for(image, opening, with_children=False)
     damages: list[ImageFormatError] = []
     fields = describe.describe(node, damages)
     fields["snapshots"] = [snapshot_json(snapshot) for snapshot in node.snapshots()]
     fields["features"] = describe.features(node)
     fields["extensions"] = describe.extensions(node)
     fields["sharing"] = describe.sharing(node)
-    links = backing_chain(image, OpenOptions(force_share, allow_paths))
+    links = backing_chain(image, opening)
     fields["backing-chain"] = describe.chain(links)
     if as_json:
         import json

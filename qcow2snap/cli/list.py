@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from qcow2snap.block.graph import OpenOptions
 from qcow2snap.block.node import SnapshotInfo
 from qcow2snap.cli import options, text
 
@@ -46,10 +47,10 @@ def snapshot_lines(snapshots: list[SnapshotInfo]) -> list[str]:
 @click.command("list")
 @options.image_argument
 @options.json_option
-@click.option("-U", "--force-share", is_flag=True, help="Read an image that another process has open for writing.")
+@options.force_share_option
 def command(image: str, as_json: bool, force_share: bool) -> int:
     """List the snapshots of IMAGE, each with its own disk size. Exit code 1 if some cannot be read."""
-    node = options.open_for(image, force_share=force_share, with_children=False)
+    node = options.open_for(image, OpenOptions(force_share), with_children=False)
     snapshots = list(node.snapshots())
     if as_json:
         import json

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import click
 
+from qcow2snap.block.graph import OpenOptions
 from qcow2snap.block.node import Extent, OutOfRange, Status
 from qcow2snap.block.snapshot_ref import shown
 from qcow2snap.cli import options
@@ -19,7 +20,7 @@ from qcow2snap.cli import options
 @click.option("--start-offset", type=options.Size(), default=0, help="Start there.")
 @click.option("--max-length", type=options.Size(), default=None, help="No more than that.")
 @options.json_option
-@options.sharing_options
+@options.opening_options
 def command(
     image: str,
     snapshot: str | None,
@@ -27,11 +28,10 @@ def command(
     start_offset: int,
     max_length: int | None,
     as_json: bool,
-    force_share: bool,
-    allow_paths: tuple[str, ...],
+    opening: OpenOptions,
 ) -> None:
     """Show which parts of a disk or snapshot of IMAGE are allocated, and where they lie."""
-    disk = options.open_for(image, force_share=force_share, allow_paths=allow_paths)
+    disk = options.open_for(image, opening)
     node = options.choose(disk, snapshot, vm_state)
     if start_offset > node.size:
         raise OutOfRange(f"--start-offset {start_offset} is beyond the end, which is at {node.size}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar
 
 import click
 
 from qcow2snap.block.graph import OpenOptions, open_image
 from qcow2snap.block.node import BlockNode
-from qcow2snap.block.qcow2.driver import Qcow2Node
+from qcow2snap.block.qcow2.driver import TABLE_CACHE_SIZE, Qcow2Node
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -49,18 +50,36 @@ def snapshot_option(function: F) -> F:
     )(function)
 
 
-def sharing_options(function: F) -> F:
-    """-U/--force-share and --allow-path."""
-    function = click.option(
+def force_share_option(function: F) -> F:
+    return click.option(
+        "-U", "--force-share", is_flag=True, help="Read an image that another process has open for writing."
+    )(function)
+
+
+def opening_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """How images are opened; the command gets them as one argument, `opening`."""
+
+    @force_share_option
+    @click.option(
         "--allow-path",
         "allow_paths",
         metavar="DIR",
         multiple=True,
         help="Also follow backing and data files in this directory. Repeatable.",
-    )(function)
-    return click.option(
-        "-U", "--force-share", is_flag=True, help="Read an image that another process has open for writing."
-    )(function)
+    )
+    @click.option(
+        "--l2-cache-size",
+        type=Size(),
+        default=TABLE_CACHE_SIZE,
+        help="Bytes of decoded L2 tables to keep.  [default: 32M]",
+    )
+    @wraps(function)
+    def with_opening(
+        *args: Any, force_share: bool, allow_paths: tuple[str, ...], l2_cache_size: int, **others: Any
+    ) -> Any:
+        return function(*args, opening=OpenOptions(force_share, allow_paths, l2_cache_size), **others)
+
+    return with_opening
 
 
 def json_option(function: F) -> F:
@@ -76,11 +95,9 @@ def json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="JSON, with qemu-img's field names.")(function)
 
 
-def open_for(
-    image: str, *, force_share: bool, allow_paths: tuple[str, ...] = (), with_children: bool = True
-) -> Qcow2Node:
+def open_for(image: str, opening: OpenOptions, *, with_children: bool = True) -> Qcow2Node:
     """Open the image of a command, with its warnings on stderr."""
-    node = open_image(image, OpenOptions(force_share, allow_paths), with_children=with_children)
+    node = open_image(image, opening, with_children=with_children)
     for warning in node.warnings:
         print(f"qcow2snap: warning: {image}: {warning}", file=sys.stderr)
     return node

@@ -9,6 +9,7 @@ import sys
 import click
 
 from formats.nbd import NBD_PORT
+from qcow2snap.block.graph import OpenOptions
 from qcow2snap.cli import options
 from qcow2snap.nbd.export import exports_of
 from qcow2snap.nbd.server import Listener, Server, listen_tcp, listen_unix
@@ -23,7 +24,7 @@ _MAX_URIS = 1 << 15
 @click.option("-k", "--socket", "path", metavar="PATH", help="Listen on a Unix socket.")
 @click.option("-b", "--bind", "host", metavar="ADDR", help="Listen on a TCP address.  [default: 127.0.0.1]")
 @click.option("-p", "--port", type=click.IntRange(0, 65535), help=f"TCP port; 0: any.  [default: {NBD_PORT}]")
-@options.sharing_options
+@options.opening_options
 @click.option("--max-connections", type=click.IntRange(1), default=512, show_default=True, metavar="N")
 @click.option(
     "--handshake-timeout",
@@ -39,8 +40,7 @@ def command(
     path: str | None,
     host: str | None,
     port: int | None,
-    force_share: bool,
-    allow_paths: tuple[str, ...],
+    opening: OpenOptions,
     max_connections: int,
     handshake_timeout: float,
 ) -> None:
@@ -53,9 +53,9 @@ def command(
     if path is not None and (host is not None or port is not None):
         raise click.UsageError("-k/--socket goes with neither -b/--bind nor -p/--port.")
     logging.basicConfig(format="qcow2snap: %(message)s", level=logging.WARNING)
-    node = options.open_for(image, force_share=force_share, allow_paths=allow_paths)
+    node = options.open_for(image, opening)
     try:
-        exports = exports_of(node, snapshot=snapshot, active=not force_share)
+        exports = exports_of(node, snapshot=snapshot, active=not opening.force_share)
         # Every thread inherits this mask, so that the signals that end us wait here for `sigwait`.
         signals = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)

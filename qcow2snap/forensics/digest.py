@@ -1,7 +1,7 @@
 """Hashing the active disk and snapshots in one pass, and manifests of it.
 
-All states are walked side by side, window by window. Where several show the same bytes (the same place of the same
-file, or the same compressed clusters), these are read once and given to each one's hashes; zeros are not read at all.
+All states are walked side by side, window by window. Where several show the same clusters, which the L2 tables tell,
+these are read and decompressed once and given to each one's hashes; zeros are not read at all.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
-from qcow2snap.block.node import BlockNode, FileError, Qcow2SnapError
+from qcow2snap.block.node import FileError, Qcow2SnapError, SnapshotInfo
+from qcow2snap.block.qcow2.view import View
 
 WINDOW_SIZE = 4 << 20  # bytes of each state at a time
+UNIT_SIZE = 1 << 16  # bytes that are shared or not; larger clusters are shared by their parts
 _ZEROS = memoryview(bytes(WINDOW_SIZE))
 CRC32C = "crc32c"
 DEFAULT_ALGORITHMS = ("sha256", CRC32C)
@@ -50,10 +52,11 @@ class Crc32c:
 
 
 class Subject(NamedTuple):
-    """A state to hash: its node, and what a manifest says of it besides the digests."""
+    """A state to hash, and what a manifest says of it besides the digests."""
 
-    node: BlockNode
+    view: View
     entry: dict[str, Any]
+    snapshot: SnapshotInfo | None = None  # None: the active disk
 
 
 def new_hasher(algorithm: str) -> Hasher:
@@ -72,55 +75,76 @@ def new_hasher(algorithm: str) -> Hasher:
 def digests(
     subjects: Sequence[Subject], algorithms: Sequence[str], progress: Progress = lambda _count: None
 ) -> list[dict[str, str]]:
-    """For each subject its digests by algorithm. Raises what reading raises."""
+    """For each subject, all of one image, its digests by algorithm. Raises what reading raises."""
     hashers = [{algorithm: new_hasher(algorithm) for algorithm in algorithms} for _ in subjects]
-    end = max((subject.node.size for subject in subjects), default=0)
+    end = max((subject.view.size for subject in subjects), default=0)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for start in range(0, end, WINDOW_SIZE):
-            groups = _same_windows(subjects, start)
             jobs = []
-            for extents, members in groups.items():
-                length = min(WINDOW_SIZE, subjects[members[0]].node.size - start)
-                data = _read_window(subjects[members[0]].node, start, length, extents)
-                for member in members:
-                    jobs += [pool.submit(hasher.update, data) for hasher in hashers[member].values()]
-                    progress(length)
+            for index, data in _read_window([subject.view for subject in subjects], start):
+                jobs += [pool.submit(hasher.update, data) for hasher in hashers[index].values()]
+                progress(len(data))
             for job in jobs:
                 job.result()
     return [{name: hasher.hexdigest() for name, hasher in of_one.items()} for of_one in hashers]
 
 
-def _same_windows(subjects: Sequence[Subject], start: int) -> dict[tuple[Any, ...], list[int]]:
-    """The subjects that reach into this window, grouped by what it shows them."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for index, subject in enumerate(subjects):
-        length = min(WINDOW_SIZE, subject.node.size - start)
-        if length > 0:
-            groups.setdefault(tuple(_place(subject, start, length)), []).append(index)
-    return groups
+Unit = tuple[tuple[int, int, int, int], ...]  # the mappings of UNIT_SIZE bytes: equal ones show equal bytes
 
 
-def _place(subject: Subject, start: int, length: int) -> list[tuple[Any, ...]]:
-    """The extents of a window, each so that equal ones show equal bytes. Without a place of their own: by subject."""
-    places: list[tuple[Any, ...]] = []
-    for extent in subject.node.block_status(start, length):
-        if not extent.must_read:
-            places.append((extent.offset, extent.length, None, 0))
-        elif extent.file is not None:
-            places.append((extent.offset, extent.length, extent.file, extent.file_offset))
-        else:
-            places.append((extent.offset, extent.length, id(subject.node), 0))
-    return places
+def _read_window(views: Sequence[View], start: int) -> Iterator[tuple[int, memoryview]]:
+    """The bytes that each view shows from `start` on, up to WINDOW_SIZE; what several show is read once."""
+    units_read: dict[Unit, memoryview] = {}
+    windows_read: dict[tuple[Unit, ...], memoryview] = {}
+    for index, view in enumerate(views):
+        length = min(WINDOW_SIZE, view.size - start)
+        if length <= 0:
+            continue
+        units = tuple(_units(view, start, length))
+        if units not in windows_read:
+            windows_read[units] = _assemble(view, start, length, units, units_read)
+        yield index, windows_read[units]
 
 
-def _read_window(node: BlockNode, start: int, length: int, extents: tuple[Any, ...]) -> memoryview:
-    """The bytes of a window, of which only what is no zeros is read."""
-    if all(place is None for _, _, place, _ in extents):
+def _units(view: View, start: int, length: int) -> Iterator[Unit]:
+    """How a window is mapped, cut into units: offset, length, kind and host offset or L2 entry of each part."""
+    unit: list[tuple[int, int, int, int]] = []
+    unit_end = start + UNIT_SIZE
+    for mapping in view.mappings(start, length):
+        offset, host, end = mapping.offset, mapping.host, mapping.offset + mapping.length
+        has_place = mapping.has_host
+        while offset < end:
+            count = min(end, unit_end) - offset
+            unit.append((offset, count, mapping.kind, host))
+            offset += count
+            host += count if has_place else 0
+            if offset == unit_end:
+                yield tuple(unit)
+                unit, unit_end = [], unit_end + UNIT_SIZE
+    if unit:
+        yield tuple(unit)
+
+
+def _assemble(
+    view: View, start: int, length: int, units: tuple[Unit, ...], units_read: dict[Unit, memoryview]
+) -> memoryview:
+    """A window from its units, of which only those are read that no other view has had."""
+    if not any(extent.must_read for extent in view.block_status(start, length, want_zero=False)):
         return _ZEROS[:length]
     buffer = memoryview(bytearray(length))
-    for offset, count, place, _ in extents:
-        if place is not None:
-            node.preadv(offset, [buffer[offset - start : offset - start + count]])
+    missing: list[tuple[int, int]] = []  # neighbours are read in one
+    for position, unit in zip(range(0, length, UNIT_SIZE), units, strict=True):
+        end = min(position + UNIT_SIZE, length)
+        if unit in units_read:
+            buffer[position:end] = units_read[unit]
+            continue
+        units_read[unit] = buffer[position:end]
+        if missing and missing[-1][1] == position:
+            missing[-1] = (missing[-1][0], end)
+        else:
+            missing.append((position, end))
+    for first, end in missing:
+        view.preadv(start + first, [buffer[first:end]])
     return buffer
 
 

@@ -48,7 +48,7 @@ class Kind(IntEnum):
 
 
 # Kinds whose host offset counts: a run of them goes on only where the host offset does.
-_HAS_HOST = (1 << Kind.UNALLOCATED_ALLOC) | (1 << Kind.ZERO_ALLOC) | (1 << Kind.NORMAL)
+HAS_HOST = (1 << Kind.UNALLOCATED_ALLOC) | (1 << Kind.ZERO_ALLOC) | (1 << Kind.NORMAL)
 # Kinds of which each entry is a run of its own.
 _SINGLE = (1 << Kind.COMPRESSED) | (1 << Kind.INVALID)
 
@@ -90,7 +90,7 @@ class L2Table:
             first = starts[index] * unit
             stop = starts[index + 1] * unit if index + 1 < count else self.coverage
             kind, host = kinds[index], hosts[index]
-            if _HAS_HOST >> kind & 1:
+            if HAS_HOST >> kind & 1:
                 host += start - first
             yield Run(start, min(stop, end), kind, host)
             start = stop
@@ -214,9 +214,9 @@ def _runs(
     """Where runs start, their kinds, and the host value of each run's first unit."""
     first = int(kind[0])
     follows = host[1:] - host[:-1] == np.uint64(unit)
-    if not _SINGLE >> first & 1 and (kind == first).all() and (not _HAS_HOST >> first & 1 or follows.all()):
+    if not _SINGLE >> first & 1 and (kind == first).all() and (not HAS_HOST >> first & 1 or follows.all()):
         return array("I", [0]), bytes([first]), array("Q", [int(host[0])])
-    has_host = (_HAS_HOST >> kind.astype(np.uint32)) & 1 != 0
+    has_host = (HAS_HOST >> kind.astype(np.uint32)) & 1 != 0
     single = (_SINGLE >> kind.astype(np.uint32)) & 1 != 0
     breaks = kind[1:] != kind[:-1]
     breaks |= has_host[1:] & ~follows
@@ -237,7 +237,7 @@ def _join(parts: list[tuple[int, array[int], bytes, array[int]]], unit: int) -> 
         if starts:
             same = kinds[-1] == part_kinds[0] and not _SINGLE >> kinds[-1] & 1
             follows = hosts[-1] + (first - starts[-1]) * unit == part_hosts[0]
-            skip = int(same and (follows or not _HAS_HOST >> kinds[-1] & 1))
+            skip = int(same and (follows or not HAS_HOST >> kinds[-1] & 1))
         starts.extend(start + first for start in part_starts[skip:])
         kinds += part_kinds[skip:]
         hosts.extend(part_hosts[skip:])

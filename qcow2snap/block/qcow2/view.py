@@ -22,7 +22,7 @@ from qcow2snap.block.node import BlockNode, Buffer, Extent, ImageFormatError, St
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.compressed import CompressedClusters
 from qcow2snap.block.qcow2.header import ImageHeader
-from qcow2snap.block.qcow2.l2 import Kind, L2Table, L2Tables
+from qcow2snap.block.qcow2.l2 import HAS_HOST, Kind, L2Table, L2Tables
 from qcow2snap.block.qcow2.refcount import has_preallocated_metadata
 
 _L1_OFFSET = L1TableEntry.mask("offset")
@@ -68,6 +68,11 @@ class Mapping(NamedTuple):
     host: int
     table: L2Table | None
     in_table: int  # bytes from the start of what the table describes
+
+    @property
+    def has_host(self) -> bool:
+        """`host` is an offset, which goes on with the run."""
+        return bool(HAS_HOST >> self.kind & 1)
 
     def skip(self, count: int) -> Mapping:
         """The rest of a run that has a host offset, from its byte `count` on."""
