@@ -20,7 +20,7 @@ from qcow2snap.forensics.output import OutputFile, is_stream
 from qcow2snap.forensics.salvage import Hole
 
 
-class Range(click.ParamType[tuple[int, int | None]]):
+class Range(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
     """START:LENGTH, both as sizes; either may be left out."""
 
     name = "START:LENGTH"

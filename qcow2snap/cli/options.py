@@ -18,7 +18,7 @@ from qcow2snap.block.snapshot_access import SnapshotAccessNode
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Size(click.ParamType["int"]):
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
     """A number of bytes, with QEMU's suffixes: 512, 64k, 10M, 1G, 2T, 0x200."""
 
     name = "SIZE"
@@ -82,17 +82,16 @@ def opening_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return with_opening
 
 
-def json_option(function: F) -> F:
-    """--json, and qemu-img's --output=json for those who know it."""
+def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--json, and qemu-img's --output=json for those who know it; the command gets `as_json`."""
 
-    def choose(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
-        if value == "json":
-            ctx.params["as_json"] = True
+    @click.option("--json", "as_json", is_flag=True, help="JSON, with qemu-img's field names.")
+    @click.option("--output", type=click.Choice(["human", "json"]), hidden=True)
+    @wraps(function)
+    def with_json(*args: Any, as_json: bool, output: str | None, **others: Any) -> Any:
+        return function(*args, as_json=as_json or output == "json", **others)
 
-    function = click.option(
-        "--output", type=click.Choice(["human", "json"]), callback=choose, expose_value=False, hidden=True
-    )(function)
-    return click.option("--json", "as_json", is_flag=True, help="JSON, with qemu-img's field names.")(function)
+    return with_json
 
 
 def open_for(image: str, opening: OpenOptions, *, with_children: bool = True) -> Qcow2Node:
