@@ -6,6 +6,7 @@ import click
 
 from qcow2snap.block.graph import OpenOptions
 from qcow2snap.block.node import SnapshotInfo
+from qcow2snap.block.snapshot_ref import shown
 from qcow2snap.cli import options, text
 
 
@@ -31,8 +32,8 @@ def snapshot_lines(snapshots: list[SnapshotInfo]) -> list[str]:
     headings = ("ID", "TAG", "VM SIZE", "DISK SIZE", "DATE", "VM CLOCK", "ICOUNT")
     rows = [
         (
-            text.name(s.id),
-            text.name(s.name),
+            shown(s.id),
+            shown(s.name),
             text.size(s.vm_state_size),
             text.size(s.size),
             text.date(s.date_sec),

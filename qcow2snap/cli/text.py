@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
-from qcow2snap.block.snapshot_ref import shown
-
-__all__ = ["clock", "date", "json_text", "size", "table"]
-
 
 def size(nbytes: int) -> str:
     """As QEMU writes sizes: three digits and a binary unit."""
@@ -50,8 +46,3 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence
 def json_text(text: str) -> str:
     """A name for JSON, which can hold all but bytes that are not UTF-8: these escaped as \\xNN."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def name(text: str) -> str:
-    """A name for people, on one line."""
-    return shown(text)

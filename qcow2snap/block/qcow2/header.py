@@ -130,12 +130,13 @@ def read_header(file: FileNode) -> ImageHeader:
         raise rules.HEADER_CLUSTER_BITS.broken(20, f"cluster size 2^{cluster_bits} is not in 2^9 to 2^21 bytes")
     first_cluster = file.pread_available(0, 1 << cluster_bits)
     # As in QEMU, what a short file lacks of its first cluster reads as zeros.
+    padded = first_cluster.ljust(1 << cluster_bits, b"\0")
     try:
-        fields = layout.Header.parse(first_cluster.ljust(1 << cluster_bits, b"\0"))
+        fields = layout.Header.parse(padded)
     except StreamError:
         raise rules.HEADER_LENGTH.broken(100, "header_length reaches beyond the first cluster") from None
     _judge(fields, first_cluster)
-    extensions = _read_extensions(fields, first_cluster.ljust(1 << cluster_bits, b"\0"))
+    extensions = _read_extensions(fields, padded)
     _refuse_unknown_features(fields, extensions)
     name_end = fields.backing_file_offset + fields.backing_file_size
     return ImageHeader(
@@ -225,7 +226,7 @@ def _read_extensions(fields: Container, first_cluster: bytes) -> tuple[Extension
     position = fields.header_length
     end = fields.backing_file_offset or len(first_cluster)
     while position + layout.HEADER_EXTENSION_HEADER_LENGTH <= end:
-        kind, length = int.from_bytes(first_cluster[position : position + 4], "big"), 0
+        kind = int.from_bytes(first_cluster[position : position + 4], "big")
         if kind == HeaderExtensionType.END:
             break
         length = int.from_bytes(first_cluster[position + 4 : position + 8], "big")
