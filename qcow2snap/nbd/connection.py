@@ -204,15 +204,17 @@ class _Arrivals:
         if self._pause:
             self._pause -= 1
             return receive(into)
-        started = time.perf_counter()
+        patience = time.perf_counter() + SPIN_PAYS
         count = -1
         for _ in range(SPIN):
             try:
                 count = receive(into, 0, MSG_DONTWAIT)
                 break
             except BlockingIOError:
-                pass
-        if count >= 0 and time.perf_counter() - started < SPIN_PAYS:
+                # Where other threads want the interpreter, each try waits for it: 40 tries could take seconds.
+                if time.perf_counter() > patience:
+                    break
+        if count >= 0 and time.perf_counter() < patience:
             self._pauses //= 2
             return count
         # It did not pay: the client thinks for long, or the processor that spinning takes is wanted by others.

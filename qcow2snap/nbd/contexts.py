@@ -12,9 +12,9 @@ from qcow2snap.block.node import BlockNode, Status
 # Length in bytes and flags of each run from a given place on, without gap; neighbours differ in their flags.
 Descriptors = Iterator[tuple[int, int]]
 
-# Of one reply: 1 MiB of descriptors, and what is looked at for them. A client asks again from where they end.
-MAX_DESCRIPTORS = 1 << 17
-MAX_EXTENTS = 1 << 18
+# Of one reply: 256 KiB of descriptors, and half a second's work for them. A client asks again from where they end.
+MAX_DESCRIPTORS = 1 << 15
+MAX_EXTENTS = 1 << 16
 
 
 class MetaContext(NamedTuple):

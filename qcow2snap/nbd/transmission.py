@@ -7,6 +7,7 @@ way for the one request that matters, a sound READ, and comes here for all other
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import islice
@@ -21,6 +22,10 @@ from qcow2snap.nbd.strings import message
 PIECE = 1 << 18  # bytes of data in one chunk of a structured reply, unless the client wants it whole
 SHORT_HOLE = 1 << 12  # bytes: zeros shorter than this go with the data beside them, unless they are all there is
 MAX_CACHED_EXTENTS = 1 << 12  # that one CACHE request is good for
+
+# Block status is the one request that costs much more processor time than it costs the client: of a process's
+# connections one at a time works on it, so that they compete with all the others' reads as one would.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class Request(NamedTuple):
@@ -143,8 +148,9 @@ class Answers:
             raise Refused(Errno.EINVAL, "a block status of 0 bytes was asked for")
         limit = 1 if request.flags & CommandFlag.REQ_ONE else nbd.MAX_STATUS_DESCRIPTORS
         for number, context in enumerate(self._agreement.contexts):
-            descriptors = context.descriptors(self._node, request.offset, request.length, limit)
-            payload = nbd.BLOCK_STATUS.pack(number) + b"".join(nbd.DESCRIPTOR.pack(*each) for each in descriptors)
+            with _ONE_AT_A_TIME:
+                descriptors = context.descriptors(self._node, request.offset, request.length, limit)
+                payload = nbd.BLOCK_STATUS.pack(number) + b"".join(nbd.DESCRIPTOR.pack(*each) for each in descriptors)
             yield _chunk(ReplyChunkType.BLOCK_STATUS, request.cookie, payload, done=False)
         yield self._done(request.cookie)
 
