@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -23,10 +24,10 @@ NewImage = Callable[..., Image]
 class Serving:
     """A `qcow2snap serve` that has printed its URIs."""
 
-    def __init__(self, *arguments: str | Path) -> None:
+    def __init__(self, *arguments: str | Path, stderr: int | IO[bytes] = subprocess.PIPE) -> None:
         command = [sys.executable, "-m", "qcow2snap", "serve", *map(str, arguments)]
         env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=env)
         assert self.process.stdout is not None
         printed = os.read(self.process.stdout.fileno(), 1 << 16)  # all at once, and flushed
         if not printed:

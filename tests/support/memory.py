@@ -1,24 +1,44 @@
-"""How much memory something takes at its peak, whatever this process has held before. By /proc, as Linux counts it."""
+"""How much memory something takes at its peak, whatever its process has held before. By /proc, as Linux counts it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_STATUS = Path("/proc/self/status")
+
+def process_tree(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    found = [pid]
+    for each in found:
+        for children in Path(f"/proc/{each}/task").glob("*/children"):
+            with suppress(FileNotFoundError):  # the thread has ended meanwhile
+                found += map(int, children.read_text().split())
+    return found
 
 
-def _field(name: str) -> int:
-    """A field of /proc/self/status that is given in kB, in bytes."""
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
+def _field(pid: int, name: str) -> int:
+    """A field of /proc/PID/status that is given in kB, in bytes."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) << 10
 
 
 @contextmanager
-def memory_limit(growth: int) -> Iterator[None]:
-    """Fail if the block makes this process grow by more than so many bytes, be it for a moment."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held now
-    before = _field("VmRSS")
+def memory_limit(growth: int, server: int | None = None) -> Iterator[None]:
+    """Fail if the block makes this process grow by more than so many bytes, be it for a moment.
+
+    With `server` it is that process and its children; each counts with its own peak.
+    """
+
+    def processes() -> list[int]:
+        return [os.getpid()] if server is None else process_tree(server)
+
+    before = 0
+    for each in processes():
+        Path(f"/proc/{each}/clear_refs").write_text("5")  # the peak is now what is held now
+        before += _field(each, "VmRSS")
     yield
-    assert _field("VmHWM") - before <= growth
+    grown = sum(_field(each, "VmHWM") for each in processes()) - before
+    assert grown <= growth, f"{grown >> 20} MiB more"
