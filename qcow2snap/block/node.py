@@ -89,6 +89,9 @@ class BlockNode(ABC):
 
     size: int
     read_only: bool = True
+    # Others may write the files meanwhile. Only such a node tells preadv_unconfirmed from preadv; its files are not
+    # stable, but where block_status found bytes in them may be remembered, if each use is confirmed like a read.
+    must_confirm: bool = False
 
     @abstractmethod
     def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
@@ -99,6 +102,20 @@ class BlockNode(ABC):
         """The extents of a range, in order, without gap or overlap, neighbours of one kind merged.
 
         Without `want_zero` nothing is spent on finding holes of the host file inside allocated extents.
+        """
+
+    def preadv_unconfirmed(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        """As preadv, but what the buffers hold then may only be used after a confirm(): one is enough for many reads.
+
+        What it raises needs no confirmation.
+        """
+        self.preadv(offset, buffers)
+
+    def confirm(self) -> None:
+        """Return if all that was read unconfirmed before this call was right. Otherwise raise, as a rule SnapshotGone.
+
+        That goes for copies only: pages that were handed on by reference may change after it. What preadv and
+        block_status give is confirmed already.
         """
 
     def pwritev(self, offset: int, buffers: Sequence[Buffer]) -> None:
@@ -137,6 +154,8 @@ class SnapshotAccess(ABC):
     QEMU's handlers of the same names (bdrv_co_preadv_snapshot and so on) know one snapshot; here each call names it.
     """
 
+    must_confirm_snapshots: bool = False  # BlockNode.must_confirm of every snapshot
+
     @abstractmethod
     def snapshots(self) -> Sequence[SnapshotInfo]:
         """All snapshots that can be read, in the order of the driver's table."""
@@ -153,6 +172,17 @@ class SnapshotAccess(ABC):
     @abstractmethod
     def preadv_snapshot(self, snapshot: SnapshotInfo, offset: int, buffers: Sequence[Buffer]) -> None:
         """As BlockNode.preadv, of a snapshot. Beyond the snapshot's own size: OutOfRange."""
+
+    def preadv_snapshot_unconfirmed(self, snapshot: SnapshotInfo, offset: int, buffers: Sequence[Buffer]) -> None:
+        """As BlockNode.preadv_unconfirmed, of a snapshot."""
+        self.preadv_snapshot(snapshot, offset, buffers)
+
+    def confirm_snapshot(self, snapshot: SnapshotInfo) -> None:
+        """As BlockNode.confirm, of a snapshot."""
+
+    def refresh(self) -> bool:
+        """Look again which snapshots there are; tells whether they are others now. Nodes of the old ones stay right."""
+        return False
 
     @abstractmethod
     def snapshot_block_status(
@@ -209,6 +239,10 @@ class SnapshotNotFound(Qcow2SnapError):
 
 class SnapshotAmbiguous(Qcow2SnapError):
     """More than one snapshot fits the reference."""
+
+
+class SnapshotGone(Qcow2SnapError):
+    """The snapshot was deleted while it was being read; whatever has its name now is another one."""
 
 
 class ImageInUse(Qcow2SnapError):

@@ -12,7 +12,8 @@ class SnapshotAccessNode(BlockNode):
 
     size     the snapshot's own, in bytes; not that of the active disk
     threads  any, at any time; nothing changes after construction
-    errors   SnapshotNotFound, SnapshotAmbiguous when built from a reference; ImageFormatError when read
+    errors   SnapshotNotFound, SnapshotAmbiguous when built from a reference; when read, ImageFormatError, or
+             SnapshotGone if the snapshot was deleted meanwhile
     owns     nothing: `file` stays open when this node is closed
     source   QEMU block/snapshot-access.c, which takes no snapshot's name and has no size of its own
     """
@@ -21,9 +22,16 @@ class SnapshotAccessNode(BlockNode):
         self.file = file
         self.snapshot = file.find_snapshot(snapshot) if isinstance(snapshot, str) else snapshot
         self.size = self.snapshot.size
+        self.must_confirm = file.must_confirm_snapshots
 
     def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self.file.preadv_snapshot(self.snapshot, offset, buffers)
+
+    def preadv_unconfirmed(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self.file.preadv_snapshot_unconfirmed(self.snapshot, offset, buffers)
+
+    def confirm(self) -> None:
+        self.file.confirm_snapshot(self.snapshot)
 
     def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Iterator[Extent]:
         return self.file.snapshot_block_status(self.snapshot, offset, length, want_zero=want_zero)
