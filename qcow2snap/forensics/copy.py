@@ -99,8 +99,9 @@ class _SparseCopy:
             elif extent.file is not None and extent.must_read and self._can_share(extent, extent.file):
                 yield Range(extent.offset, extent.length, [extent], is_shared=True)
             else:
-                for start, count in _pieces(extent.offset, extent.length, BATCH_SIZE):
-                    if gathered and (gathered[-1].end != start or start % BATCH_SIZE == 0):
+                piece = BATCH_SIZE if extent.file is None else WRITE_SIZE
+                for start, count in _pieces(extent.offset, extent.length, piece):
+                    if gathered and (gathered[-1].end != start or start % piece == 0):
                         yield _range_of(gathered)
                         gathered = []
                     file_offset = extent.file_offset + start - extent.offset
