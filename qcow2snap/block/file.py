@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from enum import Enum
 
 from qcow2snap.block.image_lock import lock_for_reading
@@ -93,6 +94,11 @@ class FileNode(BlockNode):
         for view in views:
             view[:] = bytes(len(view))
         return sum(map(len, views))
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Have the kernel begin to read a range that is not in the page cache."""
+        with suppress(OSError):
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def pread_available(self, offset: int, length: int) -> bytes:
         """Up to `length` bytes at `offset`, fewer where the file ends. Allocates no more than there is, or 2 MiB."""

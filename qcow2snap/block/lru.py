@@ -28,6 +28,9 @@ class BoundedCache(Generic[Key, Value]):
             self._entries.move_to_end(key)
             return entry[0]
 
+    def __contains__(self, key: Key) -> bool:
+        return key in self._entries
+
     def put(self, key: Key, value: Value, nbytes: int) -> None:
         """Keep a value; one larger than the whole cache is let go at once."""
         with self._lock:

@@ -118,6 +118,9 @@ class BlockNode(ABC):
         block_status give is confirmed already.
         """
 
+    def prefetch(self, offset: int, length: int) -> None:
+        """Begin to bring a range nearer, without waiting (QEMU: BDRV_REQ_PREFETCH). A hint: no error, no promise."""
+
     def pwritev(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self._refuse_to_write()
 
@@ -189,6 +192,9 @@ class SnapshotAccess(ABC):
         self, snapshot: SnapshotInfo, offset: int, length: int, *, want_zero: bool = True
     ) -> Iterator[Extent]:
         """As BlockNode.block_status, of a snapshot."""
+
+    def prefetch_snapshot(self, snapshot: SnapshotInfo, offset: int, length: int) -> None:
+        """As BlockNode.prefetch, of a snapshot."""
 
     def vm_state(self, snapshot: SnapshotInfo) -> BlockNode:
         """The VM state that was saved with a snapshot, as a read-only node. None was saved: SnapshotNotFound."""

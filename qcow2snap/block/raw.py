@@ -28,6 +28,9 @@ class RawNode(BlockNode):
         self.check_range(offset, sum(map(len, buffers)))
         self.file.preadv(self._offset + offset, buffers)
 
+    def prefetch(self, offset: int, length: int) -> None:
+        self.file.prefetch(self._offset + offset, length)
+
     def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Iterator[Extent]:
         self.check_range(offset, length)
         for extent in self.file.block_status(self._offset + offset, length, want_zero=want_zero):

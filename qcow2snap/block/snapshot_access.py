@@ -36,6 +36,9 @@ class SnapshotAccessNode(BlockNode):
     def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Iterator[Extent]:
         return self.file.snapshot_block_status(self.snapshot, offset, length, want_zero=want_zero)
 
+    def prefetch(self, offset: int, length: int) -> None:
+        self.file.prefetch_snapshot(self.snapshot, offset, length)
+
     def pdiscard(self, offset: int, length: int) -> None:
         self.check_range(offset, length)
         self.file.pdiscard_snapshot(self.snapshot, offset, length)

@@ -1,5 +1,8 @@
 """Compressed clusters: from an L2 entry to the bytes of a cluster, the last of them kept within a budget of bytes.
 
+What is asked for ahead (`prefetch`) is decompressed by a pool of threads, one a processor. Whoever needs a cluster that
+the pool has not begun yet takes it from there and does it himself, so that nobody waits while there is work.
+
 Fast path: libdeflate, or one zstd decompressor for each thread; both let go of the GIL. libdeflate wants a stream that
 ends where the cluster does, which QEMU always writes; whatever it refuses is tried again with zlib, which reads what
 the specification allows: "decompression stops when it has produced a cluster of data".
@@ -9,16 +12,20 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 
 from formats.qcow2 import SECTOR_SIZE, CompressionType, compressed_l2_entry
 from qcow2snap.block.file import FileNode
 from qcow2snap.block.lru import BoundedCache
+from qcow2snap.block.node import Qcow2SnapError
+from qcow2snap.block.pool import thread_pool
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.header import ImageHeader
 
 _SPAN = 1 << 20  # bytes of compressed clusters that are read at once
 _GAP = 1 << 14  # bytes between them that are read in vain: cheaper than another call
+_AHEAD = 16 << 20  # bytes of clusters that are decompressed ahead at most, and no more than half of the cache
 
 
 class CompressedClusters:
@@ -38,6 +45,9 @@ class CompressedClusters:
         is_zstd = header.compression_type == CompressionType.ZSTD
         self._decompress = zstd_decompress if is_zstd else deflate_decompress
         self._cache: BoundedCache[int, bytes] = BoundedCache(cache_size)
+        self._max_coming = min(_AHEAD, cache_size // 2) // header.cluster_size
+        self._coming: dict[int, Future[bytes | None]] = {}  # by entry: what the pool decompresses, or is about to
+        self._lock = threading.Lock()  # over _coming
 
     def host_range(self, entry: int) -> tuple[int, int]:
         """Host offset and length of the data that an L2 entry describes; its last sector may hold other data too."""
@@ -47,18 +57,75 @@ class CompressedClusters:
 
     def cluster(self, entry: int) -> bytes:
         """The decompressed cluster of an L2 entry. Kept: whoever wants a part of it will soon want another."""
-        cluster = self._cache.get(entry)
-        if cluster is None:
-            host_offset, length = self.host_range(entry)
-            cluster = self._cluster_of(self._file.pread_available(host_offset, length), host_offset)
-            self._cache.put(entry, cluster, len(cluster))
+        cluster = self._cache.get(entry) or self._from_pool(entry)
+        return self._kept(entry) if cluster is None else cluster
+
+    def prefetch(self, entries: Iterable[int]) -> None:
+        """Have the pool decompress these, as far as there is room. What fails there fails again where it is read."""
+        with self._lock:
+            for entry in entries:
+                if len(self._coming) >= self._max_coming:
+                    return
+                if entry not in self._coming and self._cache.get(entry) is None:
+                    self._coming[entry] = thread_pool().submit(self._bring, entry)
+
+    def close(self) -> None:
+        """Let go of what is asked for ahead, so that nothing reads the file when it is closed."""
+        with self._lock:
+            coming = list(self._coming.values())
+            self._coming.clear()
+        for future in coming:
+            future.cancel()
+        wait(coming)
+
+    def _bring(self, entry: int) -> bytes | None:
+        try:
+            return self._kept(entry)
+        except Qcow2SnapError:
+            return None
+        finally:
+            self._forget(entry)
+
+    def _from_pool(self, entry: int) -> bytes | None:
+        """The cluster if the pool is decompressing it now. None if it is not, or has only meant to."""
+        future = self._coming.get(entry)
+        if future is None:
+            return None
+        if future.cancel():
+            self._forget(entry)
+            return None
+        return future.result()
+
+    def _forget(self, entry: int) -> None:
+        with self._lock:
+            self._coming.pop(entry, None)
+
+    def _kept(self, entry: int) -> bytes:
+        host_offset, length = self.host_range(entry)
+        cluster = self._cluster_of(self._file.pread_available(host_offset, length), host_offset)
+        self._cache.put(entry, cluster, len(cluster))
         return cluster
 
     def clusters(self, entries: Sequence[int]) -> Iterator[bytes]:
-        """The decompressed clusters of many entries, in turn, for whoever wants them whole. Not kept.
+        """The decompressed clusters of many entries, in turn, for whoever wants them whole. Kept only if fetched ahead.
 
         Writers put compressed clusters one behind the other: what lies close together is read at once.
         """
+        missing = [entry for entry in entries if entry not in self._coming and entry not in self._cache]
+        if not missing:
+            yield from map(self.cluster, entries)
+            return
+        decompressed = self._decompressed(missing)
+        rest = iter(missing)
+        next_missing = next(rest)
+        for entry in entries:
+            if entry == next_missing:
+                yield next(decompressed)
+                next_missing = next(rest, -1)
+            else:
+                yield self.cluster(entry)
+
+    def _decompressed(self, entries: Sequence[int]) -> Iterator[bytes]:
         ranges = [self.host_range(entry) for entry in entries]
         datas: list[memoryview | None] = [None] * len(ranges)
         order = sorted(range(len(ranges)), key=ranges.__getitem__)

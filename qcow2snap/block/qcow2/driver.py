@@ -103,7 +103,12 @@ class Qcow2Node(BlockNode, SnapshotAccess):
     def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Iterator[Extent]:
         return self.view(None).block_status(offset, length, want_zero=want_zero)
 
+    def prefetch(self, offset: int, length: int) -> None:
+        self.view(None).prefetch(offset, length)
+
     def close(self) -> None:
+        if "_image" in self.__dict__:  # something was read
+            self._image.compressed.close()
         for node in (self.backing, self.data_file, self.file):
             if node is not None:
                 node.close()
@@ -120,6 +125,9 @@ class Qcow2Node(BlockNode, SnapshotAccess):
         self, snapshot: SnapshotInfo, offset: int, length: int, *, want_zero: bool = True
     ) -> Iterator[Extent]:
         return self.view(snapshot).block_status(offset, length, want_zero=want_zero)
+
+    def prefetch_snapshot(self, snapshot: SnapshotInfo, offset: int, length: int) -> None:
+        self.view(snapshot).prefetch(offset, length)
 
     def pdiscard_snapshot(self, snapshot: SnapshotInfo, offset: int, length: int) -> None:
         """Nothing: an internal snapshot is not the reader's to punch."""

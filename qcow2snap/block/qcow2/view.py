@@ -18,7 +18,16 @@ import numpy as np
 from formats.qcow2 import L1TableEntry, StandardL2Entry
 from qcow2snap.block.buffers import Cursor
 from qcow2snap.block.file import FileNode
-from qcow2snap.block.node import BlockNode, Buffer, Extent, ImageFormatError, Status, UnsupportedFeature, merged
+from qcow2snap.block.node import (
+    BlockNode,
+    Buffer,
+    Extent,
+    ImageFormatError,
+    Qcow2SnapError,
+    Status,
+    UnsupportedFeature,
+    merged,
+)
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.compressed import CompressedClusters
 from qcow2snap.block.qcow2.header import ImageHeader
@@ -190,6 +199,24 @@ class View(BlockNode):
                 self._read_below(mapping.offset, cursor, mapping.length)
         if compressed:
             self._read_compressed(compressed, cursor)
+
+    def prefetch(self, offset: int, length: int) -> None:
+        image, entries = self._image, []
+        try:
+            for mapping in self.mappings(offset, length):
+                kind = mapping.kind
+                if kind == _COMPRESSED_KIND:
+                    entries.append(mapping.host)
+                elif kind == _NORMAL:
+                    image.data_file.prefetch(mapping.host, mapping.length)
+                elif kind not in (_ZERO_PLAIN, _ZERO_ALLOC, _INVALID) and self._backing is not None:
+                    below = self._length_in_backing(mapping.offset, mapping.length)
+                    if below:
+                        self._backing.prefetch(mapping.offset, below)
+        except Qcow2SnapError:
+            pass  # whoever reads it will hear of it
+        if entries:
+            image.compressed.prefetch(entries)
 
     def _read_compressed(self, mappings: Sequence[Mapping], cursor: Cursor) -> None:
         clusters = self._image.compressed.clusters([mapping.host for mapping in mappings])
