@@ -1,7 +1,8 @@
 """NBD on the wire: handshake, options, requests and replies, named as in the NBD protocol's doc/proto.md.
 
 What the bytes mean, and the limits that the document sets; who may say what and when is not here. All integers are
-big-endian. A string is UTF-8 of at most MAX_STRING bytes without NUL; layouts give its bytes, undecoded.
+big-endian. A string is UTF-8 of at most MAX_STRING bytes without NUL; layouts give its bytes, undecoded. What is marked
+experimental is described on the document's branches, extension-ext-header and extension-resize.
 
 construct parses what comes a few times a connection. A request and its reply come 100,000 times a second: their
 layouts stand here twice, as construct declarations to read and as `struct.Struct`s to use. A test holds them equal.
@@ -23,8 +24,10 @@ from construct import (
     Int32ub,
     Int64ub,
     Prefixed,
+    Rebuild,
     Struct,
     Terminated,
+    len_,
     this,
 )
 
@@ -36,6 +39,8 @@ NBD_REP_MAGIC = 0x3E889045565A9
 NBD_REQUEST_MAGIC = 0x25609513
 NBD_SIMPLE_REPLY_MAGIC = 0x67446698
 NBD_STRUCTURED_REPLY_MAGIC = 0x668E33EF
+NBD_EXTENDED_REQUEST_MAGIC = 0x21E41C71
+NBD_EXTENDED_REPLY_MAGIC = 0x6E8A278C
 
 MAX_STRING = 4096  # bytes of an export's name, a query, an error message ("Terms and conventions")
 MAX_PAYLOAD = 1 << 25  # bytes of one read or write that every server must stand ("Size constraints")
@@ -263,11 +268,45 @@ StructuredReplyChunk = Struct(
     "length" / Int32ub,                  # of the payload
 )
 
+# With extended headers there are no other requests than these, and no other replies.
+
+ExtendedRequest = Struct(
+    "magic" / Const(NBD_EXTENDED_REQUEST_MAGIC, Int32ub),
+    "command_flags" / Int16ub,           # CommandFlag
+    "type" / Int16ub,                    # Command
+    "cookie" / Int64ub,
+    "offset" / Int64ub,
+    "length" / Int64ub,                  # of the payload with PAYLOAD_LEN, else of what the request has its effect on
+)                                        # then, with PAYLOAD_LEN, `length` bytes
+
+ExtendedReplyChunk = Struct(
+    "magic" / Const(NBD_EXTENDED_REPLY_MAGIC, Int32ub),
+    "flags" / Int16ub,                   # ReplyFlag
+    "type" / Int16ub,                    # ReplyChunkType
+    "cookie" / Int64ub,
+    "offset" / Int64ub,                  # of the request
+    "length" / Int64ub,                  # of the payload
+)
+
+BlockStatusPayload = Struct(             # behind a BLOCK_STATUS request with PAYLOAD_LEN
+    "effect_length" / Int64ub,
+    "context_ids" / GreedyRange(Int32ub),
+    Terminated,
+)
+
+# Payloads of chunks.
+
 OffsetData = Struct("offset" / Int64ub, "data" / GreedyBytes)
 OffsetHole = Struct("offset" / Int64ub, "hole_size" / Int32ub)
 BlockStatus = Struct(
     "context_id" / Int32ub,
     "descriptors" / GreedyRange(Struct("length" / Int32ub, "status_flags" / Int32ub)),
+)
+BlockStatusExt = Struct(
+    "context_id" / Int32ub,
+    "descriptor_count" / Rebuild(Int32ub, len_(this.descriptors)),
+    "descriptors" / Array(this.descriptor_count, Struct("length" / Int64ub, "status_flags" / Int64ub)),
+    Terminated,
 )
 Error = Struct("error" / Int32ub, "message" / Prefixed(Int16ub, GreedyBytes))
 ErrorOffset = Struct(*Error.subcons, "offset" / Int64ub)
@@ -281,3 +320,9 @@ OFFSET_DATA_CHUNK = Packed(">IHHQIQ")  # a chunk's header, and its payload up to
 OFFSET_HOLE_CHUNK = Packed(">IHHQIQI")  # a whole chunk
 BLOCK_STATUS = Packed(">I")  # a chunk's payload up to the descriptors
 DESCRIPTOR = Packed(">II")
+EXTENDED_REQUEST = Packed(">IHHQQQ")
+EXTENDED_REPLY_CHUNK = Packed(">IHHQQQ")
+EXTENDED_OFFSET_DATA_CHUNK = Packed(">IHHQQQQ")
+EXTENDED_OFFSET_HOLE_CHUNK = Packed(">IHHQQQQI")
+BLOCK_STATUS_EXT = Packed(">II")
+EXTENDED_DESCRIPTOR = Packed(">QQ")

@@ -20,16 +20,17 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from socket import MSG_DONTWAIT, MSG_MORE
+from socket import MSG_DONTWAIT, MSG_MORE, MSG_WAITALL
 
 from formats import nbd
-from formats.nbd import NBD_REQUEST_MAGIC, Command, CommandFlag, ReplyChunkType, ReplyFlag
+from formats.nbd import Command, CommandFlag, ReplyFlag
 from qcow2snap.block.node import NBDError, Qcow2SnapError
 from qcow2snap.nbd.export import Exports
+from qcow2snap.nbd.framing import Framing, StructuredReplies
 from qcow2snap.nbd.negotiation import Agreement, ServerNegotiation
-from qcow2snap.nbd.transmission import Answers, Part, Request, check_magic, parts_of, payload_length
+from qcow2snap.nbd.transmission import Answers, Part, Request, check_magic, parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,6 @@ SENDFILE = 1 << 15  # bytes from which on sendfile is worth its two system calls
 SPIN = 40  # non-blocking tries, about 1 µs each
 SPIN_PAYS = 100e-6  # seconds: a spin that took longer was interrupted by somebody who needed the processor
 MAX_PAUSE = 255  # receives without a spin where spins do not pay; an idle client costs one spin in so many
-
-
-_MAGIC = nbd.NBD_STRUCTURED_REPLY_MAGIC
 
 
 class CutOff(Exception):
@@ -117,13 +115,15 @@ class Connection:
 
     def _transmit(self, agreement: Agreement, unused: bytes) -> None:
         logger.info("%s: reads export %a", self._peer, agreement.export.name)
+        framing = agreement.framing
         outbox = _Outbox(self._socket)
-        arrivals = _Arrivals(self._socket, unused)
+        arrivals = _Arrivals(self._socket, framing, unused)
         answers = Answers(agreement)
         reads = _Reads(agreement, outbox, answers)
         size = agreement.node.size
-        read_flags = int(CommandFlag.DF) if agreement.structured_replies else 0
-        unpack = nbd.REQUEST.unpack_from
+        read_flags = int(CommandFlag.DF) if framing.structured else 0
+        unpack = framing.request.unpack_from
+        expected_magic = framing.request_magic
         try:
             last = False
             while not last and arrivals.wait():
@@ -131,8 +131,8 @@ class Connection:
                 buffer = arrivals.buffer
                 for position in arrivals.requests():
                     magic, flags, command, cookie, offset, length = unpack(buffer, position)
-                    if magic != NBD_REQUEST_MAGIC:
-                        check_magic(magic)
+                    if magic != expected_magic:
+                        check_magic(magic, framing)
                     if (
                         command == Command.READ
                         and not flags & ~read_flags
@@ -144,11 +144,14 @@ class Connection:
                         outbox.flush()
                         return
                     else:
-                        if payload := payload_length(command, length):
-                            outbox.flush()
-                            arrivals.drop(payload)
-                        for piece in answers.answer(Request(flags, command, cookie, offset, length)):
+                        payload: Iterator[memoryview] = iter(())
+                        if payload_length := framing.payload_length(flags, command, length):
+                            outbox.flush()  # the client may wait for these before it sends the rest of its payload
+                            payload = arrivals.payload(payload_length)
+                        for piece in answers.answer(Request(flags, command, cookie, offset, length), payload):
                             outbox.write(piece)
+                        for _ in payload:  # what a request that was refused left behind
+                            pass
                 outbox.flush()
         except NBDError:
             outbox.flush()  # what was sound before that is answered
@@ -158,8 +161,9 @@ class Connection:
 class _Arrivals:
     """What the client sent and was not handled yet, in one buffer."""
 
-    def __init__(self, sock: socket.socket, received: bytes) -> None:
+    def __init__(self, sock: socket.socket, framing: Framing, received: bytes) -> None:
         self._socket = sock
+        self._request_size = framing.request.size
         self.buffer = bytearray(RECEIVE)
         self.buffer[: len(received)] = received
         self._view = memoryview(self.buffer)
@@ -172,7 +176,7 @@ class _Arrivals:
         """Wait until there is a whole request. False if the client left."""
         self._view[: self._end - self._start] = self._view[self._start : self._end]
         self._start, self._end = 0, self._end - self._start
-        while self._end < nbd.REQUEST.size:
+        while self._end < self._request_size:
             count = self._receive(self._view[self._end :])
             if not count:
                 return False
@@ -181,23 +185,28 @@ class _Arrivals:
 
     def requests(self) -> Iterable[int]:
         """Where in the buffer each whole request's header is."""
-        size = nbd.REQUEST.size
+        size = self._request_size
         while self._end - self._start >= size:
             self._start += size
             yield self._start - size
 
-    def drop(self, length: int) -> None:
-        """Pass over data behind the header that was given last, waiting for it where need be."""
+    def payload(self, length: int) -> Iterator[memoryview]:
+        """The data behind the header that was given last, in pieces, each good until the next one is asked for."""
         here = min(length, self._end - self._start)
-        self._start += here
+        if here:
+            self._start += here
+            yield self._view[self._start - here : self._start]
         missing = length - here
-        if missing:
-            self._start = self._end = 0
+        if not missing:
+            return
+        self._start = self._end = 0
+        piece = memoryview(bytearray(min(missing, PIECE)))
         while missing:
-            count = self._socket.recv_into(self._view, min(missing, RECEIVE))
+            count = self._socket.recv_into(piece, min(missing, PIECE), MSG_WAITALL)
             if not count:
-                raise ConnectionResetError("in the middle of a write")
+                raise ConnectionResetError("in the middle of a payload")
             missing -= count
+            yield piece[:count]
 
     def _receive(self, into: memoryview) -> int:
         receive = self._socket.recv_into
@@ -288,64 +297,51 @@ class _Reads:
     def __init__(self, agreement: Agreement, outbox: _Outbox, answers: Answers) -> None:
         self._node = agreement.node
         self._pread_into = agreement.export.file_map.pread_into
-        self._structured = agreement.structured_replies
+        self._framing = agreement.framing
         self._out = outbox
         self._answers = answers
-        self._header_size = nbd.OFFSET_DATA_CHUNK.size if self._structured else nbd.SIMPLE_REPLY.size
 
     def read(self, cookie: int, offset: int, length: int, *, whole: bool) -> None:
         """`whole`: the client wants one chunk."""
         if length < SENDFILE:
             self._read_small(cookie, offset, length)
             return
+        framing = self._framing
         try:
             parts = tuple(parts_of(tuple(self._node.block_status(offset, length, want_zero=False)), SENDFILE))
-            if not self._structured:
-                self._content(self._header(cookie, offset, length), parts, length)
-                return
-            if whole:
-                self._content(self._header(cookie, offset, length), parts, length)
+            if whole or not isinstance(framing, StructuredReplies):
+                self._content(framing.data_header(cookie, offset, offset, length), parts, length)
             else:
                 for part in parts:
-                    self._chunks(cookie, part)
-            self._out.write(nbd.STRUCTURED_REPLY_CHUNK.pack(_MAGIC, ReplyFlag.DONE, ReplyChunkType.NONE, cookie, 0))
+                    self._chunks(framing, cookie, offset, part)
+            if framing.structured:
+                self._out.write(framing.done(cookie, offset))
         except Qcow2SnapError as error:
-            self._out.write(self._answers.error(cookie, error))
+            self._out.write(self._answers.error(cookie, offset, error))
 
     def _read_small(self, cookie: int, offset: int, length: int) -> None:
         """One chunk, zeros and all: to send them costs less than to find them."""
         out = self._out
-        start = out.room(self._header_size + length)
-        data = start + self._header_size
+        framing = self._framing
+        start = out.room(framing.data_header_size + length)
+        data = start + framing.data_header_size
         try:
             self._pread_into(offset, out.view[data : data + length])
         except Qcow2SnapError as error:
             out.used = start
-            out.write(self._answers.error(cookie, error))
+            out.write(self._answers.error(cookie, offset, error))
             return
-        if self._structured:
-            nbd.OFFSET_DATA_CHUNK.pack_into(
-                out.view, start, _MAGIC, ReplyFlag.DONE, ReplyChunkType.OFFSET_DATA, cookie, length + 8, offset
-            )
-        else:
-            nbd.SIMPLE_REPLY.pack_into(out.view, start, nbd.NBD_SIMPLE_REPLY_MAGIC, 0, cookie)
+        framing.pack_data_header_into(out.view, start, ReplyFlag.DONE, cookie, offset, offset, length)
 
-    def _chunks(self, cookie: int, part: Part) -> None:
+    def _chunks(self, framing: StructuredReplies, cookie: int, request_offset: int, part: Part) -> None:
         if part.zero:
-            chunk = _MAGIC, 0, ReplyChunkType.OFFSET_HOLE, cookie, 12, part.offset, part.length
-            self._out.write(nbd.OFFSET_HOLE_CHUNK.pack(*chunk))
+            self._out.write(framing.hole(cookie, request_offset, part.offset, part.length))
         elif part.extent is not None:
-            self._content(self._header(cookie, part.offset, part.length), [part], part.length)
+            self._content(framing.data_header(cookie, request_offset, part.offset, part.length), [part], part.length)
         else:
             for offset in range(part.offset, part.end, PIECE):
                 piece = Part(offset, min(PIECE, part.end - offset), zero=False)
-                self._content(self._header(cookie, offset, piece.length), [piece], piece.length)
-
-    def _header(self, cookie: int, offset: int, length: int) -> bytes:
-        """What comes before data. Not marked as the last chunk: an error may still turn up while it is being sent."""
-        if self._structured:
-            return nbd.OFFSET_DATA_CHUNK.pack(_MAGIC, 0, ReplyChunkType.OFFSET_DATA, cookie, length + 8, offset)
-        return nbd.SIMPLE_REPLY.pack(nbd.NBD_SIMPLE_REPLY_MAGIC, 0, cookie)
+                self._content(framing.data_header(cookie, request_offset, offset, piece.length), [piece], piece.length)
 
     def _content(self, header: bytes, parts: Iterable[Part], length: int) -> None:
         """A header and `length` bytes behind it. Where the node fails, its error is raised: an error chunk may follow.
@@ -362,7 +358,7 @@ class _Reads:
         except Qcow2SnapError as error:
             if out.gone <= start:
                 out.used = start - out.gone
-            elif self._structured:
+            elif self._framing.structured:
                 out.write_zeroes(end - out.position)
             else:
                 raise CutOff(f"its reply had begun when reading failed: {error}") from error

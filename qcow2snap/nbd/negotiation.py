@@ -16,6 +16,7 @@ from formats.nbd import ClientFlag, HandshakeFlag, InfoType, OptionType, ReplyTy
 from qcow2snap.block.node import BlockNode, NBDError, Qcow2SnapError
 from qcow2snap.nbd.contexts import MetaContext, contexts_of, matching
 from qcow2snap.nbd.export import Export, Exports
+from qcow2snap.nbd.framing import EXTENDED_HEADERS, SIMPLE_REPLIES, STRUCTURED_REPLIES, Framing
 from qcow2snap.nbd.strings import message
 
 MAX_OPTION_DATA = 1 << 16  # bytes: room for every honest option. More is passed over and refused.
@@ -27,12 +28,22 @@ HANDSHAKE_FLAGS = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
 
 
 class Agreement(NamedTuple):
-    """What client and server agreed on: how the transmission phase goes. A context's id is its index."""
+    """What client and server agreed on: how the transmission phase goes. A context's id is its index.
+
+    Extended headers take the place of structured replies, whether or not those were asked for as well.
+    """
 
     export: Export
     node: BlockNode
     structured_replies: bool = False
     contexts: tuple[MetaContext, ...] = ()
+    extended_headers: bool = False
+
+    @property
+    def framing(self) -> Framing:
+        if self.extended_headers:
+            return EXTENDED_HEADERS
+        return STRUCTURED_REPLIES if self.structured_replies else SIMPLE_REPLIES
 
     @property
     def transmission_flags(self) -> TransmissionFlag:
@@ -41,8 +52,10 @@ class Agreement(NamedTuple):
         flags |= TransmissionFlag.SEND_FLUSH | TransmissionFlag.SEND_CACHE
         if self.node.read_only:
             flags |= TransmissionFlag.CAN_MULTI_CONN
-        if self.structured_replies:
+        if self.structured_replies or self.extended_headers:
             flags |= TransmissionFlag.SEND_DF
+        if self.extended_headers and self.contexts:
+            flags |= TransmissionFlag.BLOCK_STATUS_PAYLOAD
         return flags
 
 
@@ -77,6 +90,7 @@ class ServerNegotiation:
         self._answer: Answer | None = None
         self._greeting = nbd.Greeting.build({"handshake_flags": HANDSHAKE_FLAGS})
         self._structured_replies = False
+        self._extended_headers = False
         self._selected: tuple[str, tuple[MetaContext, ...]] = ("", ())  # for an export's name as the client gave it
 
     @property
@@ -175,6 +189,8 @@ class ServerNegotiation:
 
     def _export_name(self, data: bytes | None) -> bytes:
         """The one option whose answer has no header, and no way to say no."""
+        if self._extended_headers:
+            raise NBDError("the client asked by NBD_OPT_EXPORT_NAME, which does not go with its extended headers")
         try:
             if data is None:
                 raise _Refused(ReplyType.ERR_TOO_BIG, "the export's name is too long")
@@ -182,7 +198,8 @@ class ServerNegotiation:
         except _Refused as refused:
             raise NBDError(f"the client asked by NBD_OPT_EXPORT_NAME, which can only be cut off: {refused}") from None
         self._agree(agreement)
-        reply = nbd.ExportNameReply.build(_size_and_flags(agreement))
+        size_and_flags = {"size": agreement.node.size, "transmission_flags": agreement.transmission_flags}
+        reply = nbd.ExportNameReply.build(size_and_flags)
         zeroes = b"" if (self._client_flags or 0) & ClientFlag.NO_ZEROES else nbd.EXPORT_NAME_ZEROES
         return bytes(reply + zeroes)
 
@@ -200,19 +217,31 @@ class ServerNegotiation:
     def _info(self, data: bytes) -> Answer:
         request = _parse(nbd.InfoRequest, data)
         agreement = self._agreement(_string(request.name))
-        yield from self._information(agreement, request.requests)
+        flags = agreement.transmission_flags
+        if self._extended_headers:
+            flags |= (
+                TransmissionFlag.BLOCK_STATUS_PAYLOAD
+            )  # there would be contexts to select, as QEMU's server says it
+        yield from self._information(agreement, flags, request.requests)
         yield ReplyType.ACK, b""
 
     def _go(self, data: bytes) -> Answer:
         request = _parse(nbd.InfoRequest, data)
         agreement = self._agreement(_string(request.name))
-        yield from self._information(agreement, request.requests)
+        yield from self._information(agreement, agreement.transmission_flags, request.requests)
         self._agree(agreement)
         yield ReplyType.ACK, b""
 
     def _structured_reply(self, data: bytes) -> Answer:
         _expect_no_data(data)
+        if self._extended_headers:
+            raise _Refused(ReplyType.ERR_EXT_HEADER_REQD, "extended headers were negotiated, there is no way back")
         self._structured_replies = True
+        yield ReplyType.ACK, b""
+
+    def _enable_extended_headers(self, data: bytes) -> Answer:
+        _expect_no_data(data)
+        self._extended_headers = True
         yield ReplyType.ACK, b""
 
     def _list_meta_context(self, data: bytes) -> Answer:
@@ -241,6 +270,7 @@ class ServerNegotiation:
         OptionType.STRUCTURED_REPLY: _structured_reply,
         OptionType.LIST_META_CONTEXT: _list_meta_context,
         OptionType.SET_META_CONTEXT: _set_meta_context,
+        OptionType.EXTENDED_HEADERS: _enable_extended_headers,
     }
 
     # What the handlers share.
@@ -255,16 +285,19 @@ class ServerNegotiation:
         except Qcow2SnapError as error:
             raise _Refused(ReplyType.ERR_UNKNOWN, f"the export cannot be opened: {error}") from error
         selected_for, contexts = self._selected
-        return Agreement(export, node, self._structured_replies, contexts if selected_for == name else ())
+        if selected_for != name:
+            contexts = ()
+        return Agreement(export, node, self._structured_replies, contexts, self._extended_headers)
 
     def _agree(self, agreement: Agreement) -> None:
         self.agreement = agreement
         self._over = True
 
-    def _information(self, agreement: Agreement, requests: Sequence[int]) -> Answer:
+    def _information(self, agreement: Agreement, flags: TransmissionFlag, requests: Sequence[int]) -> Answer:
         """The size and flags, and of the rest what the client asked for."""
         export = agreement.export
-        yield ReplyType.INFO, nbd.InfoExport.build(_size_and_flags(agreement))
+        size_and_flags = {"size": agreement.node.size, "transmission_flags": flags}
+        yield ReplyType.INFO, nbd.InfoExport.build(size_and_flags)
         if InfoType.NAME in requests:
             yield ReplyType.INFO, nbd.InfoName.build({"name": export.name.encode()})
         if InfoType.DESCRIPTION in requests and export.description:
@@ -279,8 +312,9 @@ class ServerNegotiation:
 
     def _meta_context_request(self, data: bytes, *, wildcards: bool) -> tuple[str, list[str], list[MetaContext]]:
         """The export's name, the queries, and the contexts that they mean, each once. No queries mean all contexts."""
-        if not self._structured_replies:
-            raise _Refused(ReplyType.ERR_INVALID, "structured replies have to be negotiated first")
+        if not (self._structured_replies or self._extended_headers):
+            text = "structured replies or extended headers have to be negotiated first"
+            raise _Refused(ReplyType.ERR_INVALID, text)
         request = _parse(nbd.MetaContextRequest, data)
         name = _string(request.name)
         queries = [_string(query) for query in request.queries]
@@ -327,7 +361,3 @@ def _string(data: bytes) -> str:
     if "\0" in text:
         raise _Refused(ReplyType.ERR_INVALID, "a string has a NUL in it")
     return text
-
-
-def _size_and_flags(agreement: Agreement) -> dict[str, int]:
-    return {"size": agreement.node.size, "transmission_flags": agreement.transmission_flags}

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from typing import NamedTuple
 
+from construct import ConstructError
+
 from formats import nbd
-from formats.nbd import Command, CommandFlag, Errno, ReplyChunkType, ReplyFlag
-from qcow2snap.block.node import Extent, NBDError, OutOfRange, Qcow2SnapError, ReadOnly
+from formats.nbd import Command, CommandFlag, Errno
+from qcow2snap.block.node import Buffer, Extent, NBDError, OutOfRange, Qcow2SnapError, ReadOnly
+from qcow2snap.nbd.framing import SIMPLE_REPLIES, Framing, StructuredReplies
 from qcow2snap.nbd.negotiation import Agreement
-from qcow2snap.nbd.strings import message
 
 PIECE = 1 << 18  # bytes of data in one chunk of a structured reply, unless the client wants it whole
 SHORT_HOLE = 1 << 12  # bytes: zeros shorter than this go with the data beside them, unless they are all there is
@@ -46,37 +48,31 @@ class Refused(Exception):
         self.error = error
 
 
-def payload_length(request_type: int, length: int) -> int:
-    """Bytes of data behind a request's header. NBDError if no client may send so many."""
-    if request_type != Command.WRITE:
-        return 0
-    if length > nbd.MAX_PAYLOAD:
-        raise NBDError(f"the client began to write {length} bytes in one request, {nbd.MAX_PAYLOAD} are allowed")
-    return length
-
-
 class Requests:
-    """What arrives, cut into requests. Data behind a WRITE is dropped: no export can be written."""
+    """What arrives, cut into requests and the data behind them."""
 
-    def __init__(self) -> None:
+    def __init__(self, framing: Framing = SIMPLE_REPLIES) -> None:
+        self._framing = framing
         self._received = bytearray()
 
-    def receive(self, data: bytes | bytearray | memoryview) -> Iterator[Request]:
+    def receive(self, data: bytes | bytearray | memoryview) -> Iterator[tuple[Request, bytes]]:
         """The requests that are whole now. NBDError where there is none, for then no later one can be found either."""
         self._received += data
-        while len(self._received) >= nbd.REQUEST.size:
-            magic, *fields = nbd.REQUEST.unpack_from(self._received)
+        size = self._framing.request.size
+        while len(self._received) >= size:
+            magic, *fields = self._framing.request.unpack_from(self._received)
             request = Request(*fields)
-            check_magic(magic)
-            end = nbd.REQUEST.size + payload_length(request.type, request.length)
+            check_magic(magic, self._framing)
+            end = size + self._framing.payload_length(request.flags, request.type, request.length)
             if len(self._received) < end:
                 return
+            payload = bytes(self._received[size:end])
             del self._received[:end]
-            yield request
+            yield request, payload
 
 
-def check_magic(magic: int) -> None:
-    if magic != nbd.NBD_REQUEST_MAGIC:
+def check_magic(magic: int, framing: Framing) -> None:
+    if magic != framing.request_magic:
         raise NBDError(f"the client sent no request where one has to be: its magic number is {magic:#x}")
 
 
@@ -88,73 +84,93 @@ class Answers:
     """
 
     def __init__(self, agreement: Agreement) -> None:
-        self._agreement = agreement
+        self._contexts = agreement.contexts
         self._node = agreement.node
-        self._structured = agreement.structured_replies
+        self._framing = agreement.framing
 
-    def answer(self, request: Request) -> Iterator[bytes]:
-        """The reply in pieces, to be sent in turn. DISC has none; whoever reads the requests ends there."""
+    def answer(self, request: Request, payload: Iterable[Buffer] = ()) -> Iterator[bytes]:
+        """The reply in pieces, to be sent in turn. DISC has none; whoever reads the requests ends there.
+
+        `payload` is the data behind the request, in pieces of any size. They are taken as they are needed: of a request
+        that is refused, none; whoever reads the requests passes over the rest.
+        """
         try:
             handler = self._HANDLERS.get(request.type)
             if handler is None:
                 raise Refused(Errno.EINVAL, f"this server knows no command {request.type}")
-            yield from handler(self, request)
+            yield from handler(self, request, payload)
         except (Refused, Qcow2SnapError) as error:
-            yield self.error(request.cookie, error)
+            yield self.error(request.cookie, request.offset, error)
 
-    def error(self, cookie: int, error: Refused | Qcow2SnapError) -> bytes:
-        """The reply, or in a structured reply the last chunk, that says what went wrong."""
-        number = _errno_of(error)
-        if not self._structured:
-            return nbd.SIMPLE_REPLY.pack(nbd.NBD_SIMPLE_REPLY_MAGIC, number, cookie)
-        return _chunk(ReplyChunkType.ERROR, cookie, nbd.Error.build({"error": number, "message": message(str(error))}))
+    def error(self, cookie: int, request_offset: int, error: Refused | Qcow2SnapError) -> bytes:
+        """The reply, or its last chunk, that says what went wrong."""
+        return self._framing.error(cookie, request_offset, _errno_of(error), str(error))
 
-    def _done(self, cookie: int) -> bytes:
-        if self._structured:
-            return _chunk(ReplyChunkType.NONE, cookie, b"")
-        return nbd.SIMPLE_REPLY.pack(nbd.NBD_SIMPLE_REPLY_MAGIC, 0, cookie)
+    def _done(self, request: Request) -> bytes:
+        return self._framing.done(request.cookie, request.offset)
 
     # One handler for each command.
 
-    def _read(self, request: Request) -> Iterator[bytes]:
-        self._check(request, CommandFlag.DF if self._structured else 0)
+    def _read(self, request: Request, payload: Iterable[Buffer]) -> Iterator[bytes]:
+        framing = self._framing
+        self._check(request, CommandFlag.DF if framing.structured else 0)
         if request.length > nbd.MAX_PAYLOAD:
-            error = Errno.EOVERFLOW if self._structured else Errno.EINVAL
+            error = Errno.EOVERFLOW if framing.structured else Errno.EINVAL
             raise Refused(error, f"{request.length} bytes in one read, {nbd.MAX_PAYLOAD} are allowed")
-        if not self._structured:
+        if not isinstance(framing, StructuredReplies):
             # All of it before the header, which says whether all went well.
-            data = self._node.pread(request.offset, request.length)
-            yield self._done(request.cookie)
-            yield data
+            yield from self._data(request, request.offset, request.length)
             return
         if request.flags & CommandFlag.DF and request.length:
-            yield data_chunk(request.cookie, request.offset, self._node.pread(request.offset, request.length))
+            yield from self._data(request, request.offset, request.length)
         elif request.length:
             extents = tuple(self._node.block_status(request.offset, request.length, want_zero=False))
             for part in parts_of(extents):
                 if part.zero:
-                    yield hole_chunk(request.cookie, part.offset, part.length)
+                    yield framing.hole(request.cookie, request.offset, part.offset, part.length)
                     continue
                 for offset in range(part.offset, part.end, PIECE):
-                    data = self._node.pread(offset, min(PIECE, part.end - offset))
-                    yield data_chunk(request.cookie, offset, data)
-        yield self._done(request.cookie)
+                    yield from self._data(request, offset, min(PIECE, part.end - offset))
+        yield self._done(request)
 
-    def _block_status(self, request: Request) -> Iterator[bytes]:
-        self._check(request, CommandFlag.REQ_ONE)
-        if not self._agreement.contexts:
+    def _data(self, request: Request, offset: int, length: int) -> Iterator[bytes]:
+        data = self._node.pread(offset, length)
+        yield self._framing.data_header(request.cookie, request.offset, offset, length)
+        yield data
+
+    def _block_status(self, request: Request, payload: Iterable[Buffer]) -> Iterator[bytes]:
+        framing = self._framing
+        if not isinstance(framing, StructuredReplies) or not self._contexts:
             raise Refused(Errno.EINVAL, "no metadata context was negotiated for this export")
+        wanted: Iterable[int] = range(len(self._contexts))
+        if framing.extended and request.flags & CommandFlag.PAYLOAD_LEN:
+            request, wanted = self._with_payload(request, payload)
+        self._check(request, CommandFlag.REQ_ONE)
         if not request.length:
             raise Refused(Errno.EINVAL, "a block status of 0 bytes was asked for")
         limit = 1 if request.flags & CommandFlag.REQ_ONE else nbd.MAX_STATUS_DESCRIPTORS
-        for number, context in enumerate(self._agreement.contexts):
+        for number in wanted:
             with _ONE_AT_A_TIME:
-                descriptors = context.descriptors(self._node, request.offset, request.length, limit)
-                payload = nbd.BLOCK_STATUS.pack(number) + b"".join(nbd.DESCRIPTOR.pack(*each) for each in descriptors)
-            yield _chunk(ReplyChunkType.BLOCK_STATUS, request.cookie, payload, done=False)
-        yield self._done(request.cookie)
+                descriptors = self._contexts[number].descriptors(self._node, request.offset, request.length, limit)
+                chunk = framing.block_status(request.cookie, request.offset, number, descriptors)
+            yield chunk
+        yield self._done(request)
 
-    def _cache(self, request: Request) -> Iterator[bytes]:
+    def _with_payload(self, request: Request, payload: Iterable[Buffer]) -> tuple[Request, Iterable[int]]:
+        """What a block status with a payload asks: the request as it would be without, and the ids of the contexts."""
+        if request.length > 8 + 4 * len(self._contexts):
+            raise Refused(Errno.EINVAL, "more metadata contexts were asked about than were negotiated")
+        try:
+            asked = nbd.BlockStatusPayload.parse(b"".join(map(bytes, payload)))
+        except ConstructError:
+            raise Refused(Errno.EINVAL, "a block status has a payload of 8 bytes and 4 for each context") from None
+        ids = set(asked.context_ids)
+        if not ids or len(ids) < len(asked.context_ids) or max(ids) >= len(self._contexts):
+            raise Refused(Errno.EINVAL, "the payload names no context, one twice, or one that was not negotiated")
+        flags = request.flags & ~int(CommandFlag.PAYLOAD_LEN)
+        return request._replace(flags=flags, length=asked.effect_length), asked.context_ids
+
+    def _cache(self, request: Request, payload: Iterable[Buffer]) -> Iterator[bytes]:
         """Ask the kernel to read ahead where bytes lie verbatim in a file. That it may, or may not: it is a hint."""
         self._check(request, 0)
         extents = self._node.block_status(request.offset, request.length, want_zero=False)
@@ -162,22 +178,22 @@ class Answers:
             if extent.file is not None and extent.must_read:
                 with suppress(OSError):
                     os.posix_fadvise(extent.file.fileno(), extent.file_offset, extent.length, os.POSIX_FADV_WILLNEED)
-        yield self._done(request.cookie)
+        yield self._done(request)
 
-    def _flush(self, request: Request) -> Iterator[bytes]:
+    def _flush(self, request: Request, payload: Iterable[Buffer]) -> Iterator[bytes]:
         if request.flags or request.offset or request.length:
             raise Refused(Errno.EINVAL, "a flush has no flags, no offset and no length")
         self._node.flush()
-        yield self._done(request.cookie)
+        yield self._done(request)
 
-    def _write(self, request: Request) -> Iterator[bytes]:
+    def _write(self, request: Request, payload: Iterable[Buffer]) -> Iterator[bytes]:
         raise ReadOnly("this export is read-only: it cannot be written")
         yield b""
 
-    def _disconnect(self, request: Request) -> Iterator[bytes]:
+    def _disconnect(self, request: Request, payload: Iterable[Buffer]) -> Iterator[bytes]:
         yield from ()
 
-    _HANDLERS: dict[int, Callable[[Answers, Request], Iterator[bytes]]] = {
+    _HANDLERS: dict[int, Callable[[Answers, Request, Iterable[Buffer]], Iterator[bytes]]] = {
         Command.READ: _read,
         Command.WRITE: _write,
         Command.DISC: _disconnect,
@@ -227,24 +243,6 @@ def parts_of(extents: tuple[Extent, ...], alone: int | None = None) -> Iterator[
         start = end = extent.end
     if start < end:
         yield Part(start, end - start, False, only)
-
-
-def data_chunk(cookie: int, offset: int, data: bytes) -> bytes:
-    """Part of what was read. Never the last chunk, so that an error can still follow."""
-    return _chunk(
-        ReplyChunkType.OFFSET_DATA, cookie, nbd.OffsetData.build({"offset": offset, "data": data}), done=False
-    )
-
-
-def hole_chunk(cookie: int, offset: int, length: int) -> bytes:
-    payload = nbd.OffsetHole.build({"offset": offset, "hole_size": length})
-    return _chunk(ReplyChunkType.OFFSET_HOLE, cookie, payload, done=False)
-
-
-def _chunk(chunk_type: ReplyChunkType, cookie: int, payload: bytes, *, done: bool = True) -> bytes:
-    flags = ReplyFlag.DONE if done else 0
-    header = nbd.STRUCTURED_REPLY_CHUNK.pack(nbd.NBD_STRUCTURED_REPLY_MAGIC, flags, chunk_type, cookie, len(payload))
-    return header + payload
 
 
 def _errno_of(error: Exception) -> Errno:

@@ -21,9 +21,10 @@ import pytest
 
 from formats import nbd
 from formats.nbd import Command, Errno, OptionType, ReplyType
-from tests.nbd.test_negotiation import ask, meta, replies
+from qcow2snap.nbd.framing import SIMPLE_REPLIES, STRUCTURED_REPLIES, Framing
+from tests.nbd.test_negotiation import replies
 from tests.nbd.test_serve import Serving
-from tests.nbd.test_transmission import handshake, packed, read, receiver, understand
+from tests.nbd.wire import ask, handshake, meta, packed, read, receiver, understand
 from tests.support import Image
 from tests.support.memory import memory_limit, process_tree
 
@@ -50,8 +51,8 @@ class Target:
         sock.settimeout(PATIENCE)
         return sock
 
-    def reading(self, sock: socket.socket, *, structured: bool = True) -> Callable[[int], bytes]:
-        return handshake(sock, structured=structured, name=b"monday")
+    def reading(self, sock: socket.socket, framing: Framing = STRUCTURED_REPLIES) -> Callable[[int], bytes]:
+        return handshake(sock, framing, name=b"monday")
 
     def held(self) -> tuple[int, int]:
         """Threads and descriptors of all its processes."""
@@ -70,7 +71,7 @@ class Honest:
     def __init__(self, target: Target) -> None:
         self._target = target
         self._socket = target.dial()
-        self._receive = target.reading(self._socket, structured=False)
+        self._receive = target.reading(self._socket, SIMPLE_REPLIES)
         self._leaving = False
         self.reads = 0
         self.longest = 0.0  # seconds from a request to its whole reply
@@ -260,7 +261,7 @@ def requests_a_byte_at_a_time(target: Target, dial: Dial) -> None:
 def reads_that_nobody_receives(target: Target, dial: Dial) -> None:
     for number in range(60):
         sock = dial()
-        target.reading(sock, structured=bool(number % 2))
+        target.reading(sock, STRUCTURED_REPLIES if number % 2 else SIMPLE_REPLIES)
         sock.setblocking(False)
         push(sock, packed(read(0, SIZE)) * 500)
 
@@ -284,7 +285,7 @@ def block_status_for_ever(target: Target, dial: Dial) -> None:
 def clients_killed_in_the_middle_of_a_reply(target: Target, dial: Dial) -> None:
     for number in range(100):
         with target.dial() as sock:
-            target.reading(sock, structured=bool(number % 2))
+            target.reading(sock, STRUCTURED_REPLIES if number % 2 else SIMPLE_REPLIES)
             sock.sendall(packed(read(0, SIZE)) * 3)
             sock.recv(1000)
 
@@ -307,7 +308,7 @@ def writes_of_gigabytes(target: Target, dial: Dial) -> None:
         sock = dial()
         receive = target.reading(sock)
         sock.sendall(packed(write) + bytes(write.length))
-        answer = understand(receive, write, structured=True)
+        answer = understand(receive, write, STRUCTURED_REPLIES)
         assert answer.error == Errno.EPERM
         assert b"read-only" in answer.message
         push(sock, packed(write) + bytes(1000))  # and then leaves in the middle of one
@@ -318,7 +319,7 @@ def no_request_in_the_middle(target: Target, dial: Dial) -> None:
         sock = dial()
         receive = target.reading(sock)
         sock.sendall(packed(read(5, 9)) + random.Random(number).randbytes(100_000) + packed(read(5, 9)))
-        assert understand(receive, read(5, 9), structured=True).data == target.content[5:14]
+        assert understand(receive, read(5, 9), STRUCTURED_REPLIES).data == target.content[5:14]
         assert ends(sock) == 0
 
 
@@ -358,7 +359,7 @@ def test_nobody_else_notices(target: Target, honest: Honest, attack: Callable[[T
     with target.dial() as sock:
         receive = target.reading(sock)
         sock.sendall(packed(read(0, 4096)))
-        assert understand(receive, read(0, 4096), structured=True).data == target.content[:4096]
+        assert understand(receive, read(0, 4096), STRUCTURED_REPLIES).data == target.content[:4096]
 
 
 # What is unusual, and right.
@@ -380,7 +381,7 @@ def test_a_whole_session_may_come_in_one_packet(target: Target) -> None:
             _, _, kind, length = struct.unpack(">QIII", receive(20))
             receive(length)
             finals += kind == ReplyType.ACK
-        answers = {request.cookie: understand(receive, request, structured=True) for request in requests}
+        answers = {request.cookie: understand(receive, request, STRUCTURED_REPLIES) for request in requests}
         assert answers[1].data == target.content[:4096]
         assert answers[2].data == target.content[-5:]
         assert answers[3].error == Errno.EINVAL
@@ -388,15 +389,15 @@ def test_a_whole_session_may_come_in_one_packet(target: Target) -> None:
         assert ends(sock) == 0, "nothing comes after the disconnect"
 
 
-@pytest.mark.parametrize("structured", [False, True])
-def test_a_client_that_only_stopped_sending_gets_every_reply(target: Target, structured: bool) -> None:
+@pytest.mark.parametrize("framing", [SIMPLE_REPLIES, STRUCTURED_REPLIES])
+def test_a_client_that_only_stopped_sending_gets_every_reply(target: Target, framing: Framing) -> None:
     with target.dial() as sock:
-        receive = target.reading(sock, structured=structured)
+        receive = target.reading(sock, framing)
         requests = [read(number << 16, 1 << 20, cookie=number) for number in range(50)]
         sock.sendall(b"".join(map(packed, requests)))
         sock.shutdown(socket.SHUT_WR)
         for request in requests:
-            data = understand(receive, request, structured=structured).data
+            data = understand(receive, request, framing).data
             assert data == target.content[request.offset : request.offset + request.length]
         assert ends(sock) == 0
 
@@ -430,7 +431,7 @@ def test_idle_clients_take_no_processor_time(target: Target) -> None:
             sock = connections.enter_context(target.dial())
             receive = target.reading(sock)
             sock.sendall(packed(read(0, 512)))
-            understand(receive, read(0, 512), structured=True)
+            understand(receive, read(0, 512), STRUCTURED_REPLIES)
         time.sleep(0.2)
         before = target.processor_time()
         time.sleep(1)
@@ -465,11 +466,11 @@ def test_connections_that_are_reset_over_tcp_leave_nothing_behind(image: Image, 
     for number in range(200):
         with socket.create_connection(("127.0.0.1", port), PATIENCE) as sock:
             if number % 2:
-                handshake(sock, structured=True, name=b"monday")
+                handshake(sock, STRUCTURED_REPLIES, name=b"monday")
                 sock.sendall(packed(read(0, SIZE)) * 3)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
     with socket.create_connection(("127.0.0.1", port), PATIENCE) as sock:
-        receive = handshake(sock, structured=False, name=b"monday")
+        receive = handshake(sock, SIMPLE_REPLIES, name=b"monday")
         sock.sendall(packed(read(5, 9)))
         assert receive(16 + 9)[16:] == image.reference("monday").read()[5:14]
     assert serving.stop() == 0

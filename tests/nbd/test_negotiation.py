@@ -14,8 +14,10 @@ from formats.nbd import ClientFlag, InfoType, OptionType, ReplyType, Transmissio
 from qcow2snap.block.node import BlockNode, FileError, NBDError
 from qcow2snap.nbd import negotiation as module
 from qcow2snap.nbd.export import Export, Exports
+from qcow2snap.nbd.framing import EXTENDED_HEADERS
 from qcow2snap.nbd.negotiation import ServerNegotiation
 from tests.nbd.support import ZeroNode, exports
+from tests.nbd.wire import ask, meta
 
 NO_ZEROES = ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES
 ERR = nbd.REPLY_IS_ERROR
@@ -59,17 +61,6 @@ def replies(data: bytes, option: int) -> list[tuple[int, bytes]]:
         found.append((reply_type, data[20 : 20 + length]))
         data = data[20 + length :]
     return found
-
-
-def ask(name: bytes = b"", *requests: int) -> bytes:
-    """Data of INFO and GO."""
-    count = len(requests)
-    return struct.pack(f">I{len(name)}sH{count}H", len(name), name, count, *requests)
-
-
-def meta(*queries: bytes, name: bytes = b"", count: int | None = None) -> bytes:
-    start = struct.pack(f">I{len(name)}sI", len(name), name, len(queries) if count is None else count)
-    return start + b"".join(struct.pack(f">I{len(query)}s", len(query), query) for query in queries)
 
 
 @pytest.fixture
@@ -178,13 +169,13 @@ def test_a_snapshot_that_cannot_be_opened_says_why_and_alone() -> None:
     assert session.option(OptionType.GO, ask(b"good"))[-1][0] == ReplyType.ACK
 
 
-@pytest.mark.parametrize("option", [OptionType.LIST, OptionType.STRUCTURED_REPLY])
+@pytest.mark.parametrize("option", [OptionType.LIST, OptionType.STRUCTURED_REPLY, OptionType.EXTENDED_HEADERS])
 def test_options_without_data_refuse_data(session: Session, option: OptionType) -> None:
     assert session.only(option, b"x") == ReplyType.ERR_INVALID
     assert session.option(option)[-1][0] == ReplyType.ACK
 
 
-@pytest.mark.parametrize("option", [0, 4, OptionType.STARTTLS, OptionType.EXTENDED_HEADERS, 12, 0xFFFFFFFF])
+@pytest.mark.parametrize("option", [0, 4, OptionType.STARTTLS, 12, 0xFFFFFFFF])
 def test_unknown_options_are_refused_with_any_data(session: Session, option: int) -> None:
     assert session.only(option, b"whatever") == ReplyType.ERR_UNSUP
     assert session.only(option) == ReplyType.ERR_UNSUP
@@ -310,6 +301,61 @@ def test_the_last_selection_counts_for_the_export_that_it_named(session: Session
     session.option(OptionType.GO, ask())
     assert session.server.agreement is not None
     assert len(session.server.agreement.contexts) == kept
+
+
+# Extended headers.
+
+
+def flags_of(session: Session, option: int, name: bytes = b"") -> int:
+    return int(struct.unpack(">HQH", session.option(option, ask(name))[0][1])[2])
+
+
+@pytest.mark.parametrize("structured_first", [True, False])
+def test_extended_headers_do_not_need_structured_replies(session: Session, structured_first: bool) -> None:
+    if structured_first:
+        assert session.only(OptionType.STRUCTURED_REPLY) == ReplyType.ACK
+    assert session.only(OptionType.EXTENDED_HEADERS) == ReplyType.ACK
+    assert session.select(b"base:allocation") == [b"base:allocation"]
+    flags = flags_of(session, OptionType.GO)
+    assert flags & TransmissionFlag.SEND_DF
+    assert flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD
+    assert session.server.agreement is not None
+    assert session.server.agreement.framing is EXTENDED_HEADERS
+
+
+def test_there_is_no_way_back_from_extended_headers(session: Session) -> None:
+    assert session.only(OptionType.EXTENDED_HEADERS) == ReplyType.ACK
+    assert session.only(OptionType.STRUCTURED_REPLY) == ReplyType.ERR_EXT_HEADER_REQD
+    assert session.only(OptionType.EXTENDED_HEADERS) == ReplyType.ACK
+    flags_of(session, OptionType.GO)
+    assert session.server.agreement is not None
+    assert session.server.agreement.framing is EXTENDED_HEADERS
+
+
+def test_contexts_may_be_selected_before_extended_headers(session: Session) -> None:
+    session.option(OptionType.STRUCTURED_REPLY)
+    session.select(b"base:allocation")
+    session.option(OptionType.EXTENDED_HEADERS)
+    assert flags_of(session, OptionType.GO) & TransmissionFlag.BLOCK_STATUS_PAYLOAD
+    assert session.server.agreement is not None
+    assert len(session.server.agreement.contexts) == 1
+
+
+def test_a_payload_of_block_status_is_offered_where_there_is_a_status(session: Session) -> None:
+    """As QEMU's server does: INFO tells what could be, GO what is."""
+    payload = TransmissionFlag.BLOCK_STATUS_PAYLOAD
+    session.option(OptionType.STRUCTURED_REPLY)
+    assert not flags_of(session, OptionType.INFO) & payload
+    session.option(OptionType.EXTENDED_HEADERS)
+    assert flags_of(session, OptionType.INFO) & payload
+    assert not flags_of(session, OptionType.GO) & payload
+
+
+def test_export_name_does_not_go_with_extended_headers(session: Session) -> None:
+    session.option(OptionType.EXTENDED_HEADERS)
+    session.server.receive(struct.pack(">8sII", nbd.IHAVEOPT, OptionType.EXPORT_NAME, 0))
+    with pytest.raises(NBDError, match="extended headers"):
+        session.take()
 
 
 # Any client at all.

@@ -16,9 +16,10 @@ import pytest
 from formats import nbd
 from formats.nbd import OptionType
 from qcow2snap.block.node import FileError
+from qcow2snap.nbd.framing import SIMPLE_REPLIES, STRUCTURED_REPLIES
 from qcow2snap.nbd.server import Server, listen_tcp, listen_unix
 from tests.nbd.support import NewNode, Serve, ZeroNode, exports, run
-from tests.nbd.test_transmission import handshake, packed, read
+from tests.nbd.wire import handshake, packed, read
 from tests.support import require
 
 PATCHWORK = [("file", 3 << 20), ("zero", 5 << 20), ("memory", 100_000), ("file", 50_000), ("zero", 512), ("file", 77)]
@@ -177,7 +178,7 @@ def test_a_client_that_said_something_gets_no_more_time_for_it(serve: Serve) -> 
 def test_a_client_that_has_chosen_an_export_may_be_idle(serve: Serve) -> None:
     server = serve(exports(default=ZeroNode(512)), handshake_timeout=0.3)
     with greeted(server.listeners[0].uri.socket) as sock:
-        receive = handshake(sock, structured=False)
+        receive = handshake(sock, SIMPLE_REPLIES)
         time.sleep(0.8)
         sock.sendall(packed(read(0, 512)))
         assert receive(16 + 512)[16:] == bytes(512)
@@ -208,11 +209,11 @@ def test_clients_that_never_receive_hold_up_nobody(new_node: NewNode, serve: Ser
     stuck = []
     for _ in range(5):
         sock = greeted(path)
-        handshake(sock, structured=True)
+        handshake(sock, STRUCTURED_REPLIES)
         sock.sendall(packed(read(0, node.size)) * 20)
         stuck.append(sock)
     with greeted(path) as sock:
-        receive = handshake(sock, structured=False)
+        receive = handshake(sock, SIMPLE_REPLIES)
         sock.sendall(packed(read(0, 100)))
         assert receive(116)[16:] == node.content[:100]
     for sock in stuck:
@@ -224,7 +225,7 @@ def test_clients_killed_in_the_middle_of_a_reply_leave_nothing_behind(new_node: 
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(20):
         with greeted(server.listeners[0].uri.socket) as sock:
-            handshake(sock, structured=True)
+            handshake(sock, STRUCTURED_REPLIES)
             sock.sendall(packed(read(0, 4 << 20)) * 3)
             sock.recv(1000)
     for _ in range(100):
@@ -242,7 +243,7 @@ def test_stop_answers_what_is_in_flight_and_takes_the_socket_away(new_node: NewN
     server = Server(exports(default=node), [listen_unix(str(tmp_path / "s"))])
     server.start()
     with greeted(str(tmp_path / "s")) as sock, ThreadPoolExecutor() as pool:
-        receive = handshake(sock, structured=False)
+        receive = handshake(sock, SIMPLE_REPLIES)
         sock.sendall(packed(read(0, node.size)))
         header = receive(16)
         sock.sendall(packed(read(7, 77)))  # waits in the socket while the first is being answered
@@ -263,7 +264,7 @@ def test_stop_waits_for_no_idle_client_and_not_for_long_for_a_stuck_one(new_node
         server.start()
         with greeted(str(tmp_path / "s")) as silent, greeted(str(tmp_path / "s")) as idle:
             silent.recv(18)
-            handshake(idle, structured=True)
+            handshake(idle, STRUCTURED_REPLIES)
             if stuck:
                 idle.sendall(packed(read(0, node.size)) * 20)
                 time.sleep(0.1)
@@ -279,7 +280,7 @@ def test_a_busy_client_cannot_put_off_the_stop(new_node: NewNode) -> None:
     server = Server(exports(default=new_node(("file", 4 << 20))), [listen_tcp("127.0.0.1", 0)])
     server.start()
     sock = socket.create_connection(("127.0.0.1", server.listeners[0].uri.port), 20)
-    handshake(sock, structured=False)
+    handshake(sock, SIMPLE_REPLIES)
 
     def ask_for_ever() -> None:
         with suppress(OSError):

@@ -2,99 +2,41 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from formats import nbd
-from formats.nbd import Command, CommandFlag, Errno, OptionType, ReplyChunkType, State
+from formats.nbd import Command, CommandFlag, Errno, ReplyChunkType, State
 from qcow2snap.block.node import BlockNode, Extent, NBDError, Qcow2SnapError, Status
 from qcow2snap.nbd import connection as fast
 from qcow2snap.nbd import contexts
-from qcow2snap.nbd.contexts import ALLOCATION
+from qcow2snap.nbd.contexts import ALLOCATION, MetaContext
 from qcow2snap.nbd.export import Export
+from qcow2snap.nbd.framing import EXTENDED_HEADERS, SIMPLE_REPLIES, STRUCTURED_REPLIES, Framing
 from qcow2snap.nbd.negotiation import Agreement
 from qcow2snap.nbd.transmission import Answers, Request, Requests, parts_of
 from tests.nbd.support import DATA, NewNode, PatchworkNode, ZeroNode, connected, exports
-from tests.nbd.test_negotiation import ask, meta
+from tests.nbd.wire import Answer, handshake, packed, read, understand
 
 
-class Answer(NamedTuple):
-    """What a client makes of the reply to one request."""
-
-    error: int
-    data: bytes | None = None
-    status: tuple[tuple[int, int], ...] = ()
-    message: bytes = b""
-    chunks: tuple[int, ...] = ()
-
-
-Receive = Callable[[int], bytes]
-
-
-def understand(receive: Receive, request: Request, *, structured: bool) -> Answer:
-    """Receive the reply to one request, and hold the server to every MUST of it."""
-    head = receive(nbd.SIMPLE_REPLY.size)
-    magic, error, cookie = nbd.SIMPLE_REPLY.unpack(head)
-    if magic == nbd.NBD_SIMPLE_REPLY_MAGIC:
-        assert cookie == request.cookie
-        assert not (structured and request.type == Command.READ)
-        data = receive(request.length) if request.type == Command.READ and not error else None
-        return Answer(error, data)
-    assert structured
-    head += receive(4)
-    data = bytearray(request.length if request.type == Command.READ and request.length <= nbd.MAX_PAYLOAD else 0)
-    covered, status, chunks = [], [], []
-    error, message = 0, b""
-    while True:
-        magic, flags, kind, cookie, length = nbd.STRUCTURED_REPLY_CHUNK.unpack(head)
-        assert (magic, cookie) == (nbd.NBD_STRUCTURED_REPLY_MAGIC, request.cookie)
-        payload = receive(length)
-        chunks.append(kind)
-        if kind in (ReplyChunkType.OFFSET_DATA, ReplyChunkType.OFFSET_HOLE):
-            offset = struct.unpack_from(">Q", payload)[0] - request.offset
-            size = length - 8 if kind == ReplyChunkType.OFFSET_DATA else struct.unpack(">I", payload[8:])[0]
-            assert size > 0
-            assert 0 <= offset <= offset + size <= request.length
-            assert all(offset + size <= low or high <= offset for low, high in covered)
-            covered.append((offset, offset + size))
-            if kind == ReplyChunkType.OFFSET_DATA:
-                data[offset : offset + size] = payload[8:]
-        elif kind == ReplyChunkType.BLOCK_STATUS:
-            assert request.type == Command.BLOCK_STATUS
-            status = list(struct.iter_unpack(">II", payload[4:]))
-        elif kind == ReplyChunkType.ERROR:
-            assert not error
-            error, size = struct.unpack_from(">IH", payload)
-            message = payload[6:]
-            message.decode()
-            assert error
-            assert size == len(message) <= nbd.MAX_STRING
-        else:
-            assert (kind, flags, length) == (ReplyChunkType.NONE, 1, 0)
-        if flags:
-            break
-        head = receive(nbd.STRUCTURED_REPLY_CHUNK.size)
-    if request.flags & CommandFlag.DF:
-        assert len(covered) <= 1
-    if request.type == Command.READ and not error:
-        assert sum(high - low for low, high in covered) == request.length
-        return Answer(0, bytes(data), chunks=tuple(chunks))
-    return Answer(error, None, tuple(status), message, tuple(chunks))
-
-
-def slowly(node: BlockNode, requests: Sequence[Request], *, structured: bool) -> list[Answer]:
-    answers = Answers(Agreement(Export("", lambda: node), node, structured, (ALLOCATION,) if structured else ()))
+def slowly(
+    node: BlockNode, requests: Sequence[Request], framing: Framing, payloads: Sequence[bytes] = ()
+) -> list[Answer]:
+    answers = Answers(agreement(node, framing))
+    arrived = list(Requests(framing).receive(sent(requests, framing, payloads)))
+    assert [request for request, _ in arrived] == requests
     found = []
-    for request in requests:
-        data = memoryview(b"".join(answers.answer(request)))
+    for request, payload in arrived:
+        data = memoryview(b"".join(answers.answer(request, [payload[:5], payload[5:]])))
 
         def receive(length: int) -> bytes:
             nonlocal data
@@ -102,97 +44,71 @@ def slowly(node: BlockNode, requests: Sequence[Request], *, structured: bool) ->
             taken, data = bytes(data[:length]), data[length:]
             return taken
 
-        found.append(understand(receive, request, structured=structured))
+        found.append(understand(receive, request, framing))
         assert not data
     return found
 
 
-def receiver(sock: socket.socket) -> Receive:
-    def receive(length: int) -> bytes:
-        data = bytearray()
-        while len(data) < length:
-            piece = sock.recv(length - len(data))
-            if not piece:
-                raise EOFError(len(data))
-            data += piece
-        return bytes(data)
-
-    return receive
+def sent(requests: Sequence[Request], framing: Framing, payloads: Sequence[bytes]) -> bytes:
+    pairs = zip_longest(requests, payloads, fillvalue=b"")
+    return b"".join(packed(request, framing) + payload for request, payload in pairs)
 
 
-def handshake(sock: socket.socket, *, structured: bool, name: bytes = b"") -> Receive:
-    """Into the transmission phase by the client's side."""
-    receive = receiver(sock)
-
-    def option(option: int, data: bytes = b"") -> None:
-        sock.sendall(struct.pack(">8sII", nbd.IHAVEOPT, option, len(data)) + data)
-        while True:
-            _, _, kind, length = struct.unpack(">QIII", receive(20))
-            receive(length)
-            assert not kind & nbd.REPLY_IS_ERROR
-            if kind == 1:
-                return
-
-    receive(18)
-    sock.sendall(struct.pack(">I", 3))
-    if structured:
-        option(OptionType.STRUCTURED_REPLY)
-        option(OptionType.SET_META_CONTEXT, meta(b"base:allocation", name=name))
-    option(OptionType.GO, ask(name))
-    return receive
+def agreement(node: BlockNode, framing: Framing) -> Agreement:
+    contexts = (ALLOCATION,) if framing.structured else ()
+    return Agreement(Export("", lambda: node), node, framing.structured, contexts, framing.extended)
 
 
-def packed(request: Request) -> bytes:
-    return nbd.REQUEST.pack(nbd.NBD_REQUEST_MAGIC, *request)
-
-
-def quickly(node: BlockNode, requests: Sequence[Request], *, structured: bool) -> list[Answer]:
+def quickly(
+    node: BlockNode, requests: Sequence[Request], framing: Framing, payloads: Sequence[bytes] = ()
+) -> list[Answer]:
     with connected(exports(default=node)) as sock:
-        receive = handshake(sock, structured=structured)
-        sock.sendall(b"".join(map(packed, requests)))
-        found = [understand(receive, request, structured=structured) for request in requests]
-        sock.sendall(packed(Request(0, Command.DISC, 0, 0, 0)))
+        receive = handshake(sock, framing)
+        sock.sendall(sent(requests, framing, payloads))
+        found = [understand(receive, request, framing) for request in requests]
+        sock.sendall(packed(Request(0, Command.DISC, 0, 0, 0), framing))
         assert sock.recv(1) == b""
         return found
 
 
 WAYS = pytest.mark.parametrize("way", [slowly, quickly])
-BOTH = pytest.mark.parametrize("structured", [False, True])
+FRAMINGS = [SIMPLE_REPLIES, STRUCTURED_REPLIES, EXTENDED_HEADERS]
+EACH = pytest.mark.parametrize("framing", FRAMINGS)
+IN_CHUNKS = pytest.mark.parametrize("framing", FRAMINGS[1:])
 Way = Callable[..., list[Answer]]
-
-
-def read(offset: int, length: int, flags: int = 0, cookie: int = 7) -> Request:
-    return Request(flags, Command.READ, cookie, offset, length)
+PAYLOAD = int(CommandFlag.PAYLOAD_LEN)
 
 
 @WAYS
-@BOTH
-def test_a_read_gives_the_bytes(new_node: NewNode, way: Way, structured: bool) -> None:
+@EACH
+def test_a_read_gives_the_bytes(new_node: NewNode, way: Way, framing: Framing) -> None:
     node = new_node(("file", 1 << 20), ("zero", 1 << 20), ("memory", 1 << 20), ("file", 12345))
     requests = [read(0, node.size), read(1, 1), read(node.size - 1, 1), read(1 << 20, 4096), read((1 << 20) - 7, 70000)]
-    for request, answer in zip(requests, way(node, requests, structured=structured), strict=True):
+    for request, answer in zip(requests, way(node, requests, framing), strict=True):
         assert answer[:2] == (0, node.content[request.offset : request.offset + request.length])
 
 
+@IN_CHUNKS
 @WAYS
-def test_zeros_are_sent_as_holes(new_node: NewNode, way: Way) -> None:
+def test_zeros_are_sent_as_holes(new_node: NewNode, way: Way, framing: Framing) -> None:
     node = new_node(("file", 1 << 16), ("zero", 1 << 20), ("file", 1 << 16))
-    [whole, hole] = way(node, [read(0, node.size), read(1 << 17, 1 << 16)], structured=True)
+    [whole, hole] = way(node, [read(0, node.size), read(1 << 17, 1 << 16)], framing)
     assert whole.chunks == (1, 2, 1, 0)
     assert hole.chunks == (2, 0)
 
 
+@IN_CHUNKS
 @WAYS
-def test_do_not_fragment_gives_one_chunk_of_data(new_node: NewNode, way: Way) -> None:
+def test_do_not_fragment_gives_one_chunk_of_data(new_node: NewNode, way: Way, framing: Framing) -> None:
     node = new_node(("file", 1 << 16), ("zero", 1 << 20), ("memory", 1 << 20), ("file", 1 << 16))
-    [answer] = way(node, [read(0, node.size, CommandFlag.DF)], structured=True)
+    [answer] = way(node, [read(0, node.size, CommandFlag.DF)], framing)
     assert answer.data == node.content
     assert answer.chunks.count(ReplyChunkType.OFFSET_DATA) == 1
     assert ReplyChunkType.OFFSET_HOLE not in answer.chunks
 
 
 @WAYS
-@BOTH
+@EACH
 @pytest.mark.parametrize(
     ("request_", "error"),
     [
@@ -217,20 +133,20 @@ def test_do_not_fragment_gives_one_chunk_of_data(new_node: NewNode, way: Way) ->
     ],
 )
 def test_each_command_has_its_answer(
-    new_node: NewNode, way: Way, structured: bool, request_: Request, error: int
+    new_node: NewNode, way: Way, framing: Framing, request_: Request, error: int
 ) -> None:
     node = new_node(("file", 1 << 19), ("zero", 1 << 19))
-    [answer, after] = way(node, [request_, read(0, 10)], structured=structured)
+    [answer, after] = way(node, [request_, read(0, 10)], framing)
     assert answer.error == error
-    if error and structured:
+    if error and framing.structured:
         assert len(answer.message) > 10
     assert after.data == node.content[:10]
 
 
 @WAYS
-@BOTH
-def test_a_read_of_nothing_succeeds(new_node: NewNode, way: Way, structured: bool) -> None:
-    [answer] = way(new_node(("file", 4096)), [read(4096, 0)], structured=structured)
+@EACH
+def test_a_read_of_nothing_succeeds(new_node: NewNode, way: Way, framing: Framing) -> None:
+    [answer] = way(new_node(("file", 4096)), [read(4096, 0)], framing)
     assert answer[:2] == (0, b"")
 
 
@@ -238,19 +154,20 @@ def test_a_read_of_nothing_succeeds(new_node: NewNode, way: Way, structured: boo
 def test_too_long_a_read_is_refused_and_the_longest_is_served(way: Way) -> None:
     node = ZeroNode(1 << 40)
     longest = nbd.MAX_PAYLOAD
-    assert [a.error for a in way(node, [read(0, longest), read(0, longest + 1)], structured=False)] == [0, 22]
-    assert [a.error for a in way(node, [read(5, longest), read(0, 0xFFFFFFFF)], structured=True)] == [0, 75]
-    [df] = way(node, [read(0, longest, CommandFlag.DF)], structured=True)
+    assert [a.error for a in way(node, [read(0, longest), read(0, longest + 1)], SIMPLE_REPLIES)] == [0, 22]
+    assert [a.error for a in way(node, [read(5, longest), read(0, 0xFFFFFFFF)], STRUCTURED_REPLIES)] == [0, 75]
+    [df] = way(node, [read(0, longest, CommandFlag.DF)], STRUCTURED_REPLIES)
     assert df.data == bytes(longest)
 
 
+@IN_CHUNKS
 @WAYS
 @pytest.mark.parametrize("length", [4096, 1 << 16, 1 << 20])
-def test_damage_is_an_error_with_its_reason(new_node: NewNode, way: Way, length: int) -> None:
+def test_damage_is_an_error_with_its_reason(new_node: NewNode, way: Way, length: int, framing: Framing) -> None:
     node = new_node(("file", 1 << 20), ("bad", 4096), ("file", 1 << 20))
     at = (1 << 20) - length // 2
     for flags in (0, CommandFlag.DF):
-        [answer, after] = way(node, [read(at, length, flags), read(0, 5)], structured=True)
+        [answer, after] = way(node, [read(at, length, flags), read(0, 5)], framing)
         assert answer.error == Errno.EIO
         assert b"damaged" in answer.message
         assert after.data == node.content[:5]
@@ -259,7 +176,7 @@ def test_damage_is_an_error_with_its_reason(new_node: NewNode, way: Way, length:
 @WAYS
 def test_damage_in_a_simple_reply_is_an_error_before_any_data(new_node: NewNode, way: Way) -> None:
     node = new_node(("memory", 1 << 17), ("bad", 4096), ("memory", 1 << 17))
-    [small, large, after] = way(node, [read(1 << 17, 10), read(0, node.size), read(0, 5)], structured=False)
+    [small, large, after] = way(node, [read(1 << 17, 10), read(0, node.size), read(0, 5)], SIMPLE_REPLIES)
     assert (small.error, large.error) == (Errno.EIO, Errno.EIO)
     assert after.data == node.content[:5]
 
@@ -267,7 +184,7 @@ def test_damage_in_a_simple_reply_is_an_error_before_any_data(new_node: NewNode,
 def test_damage_behind_a_simple_reply_that_has_left_ends_the_connection(new_node: NewNode) -> None:
     node = new_node(("file", 1 << 20), ("bad", 4096))
     with connected(exports(default=node)) as sock:
-        receive = handshake(sock, structured=False)
+        receive = handshake(sock, SIMPLE_REPLIES)
         sock.sendall(packed(read(0, node.size)) + packed(read(0, 1)))
         assert receive(16)[4:8] == bytes(4)
         with pytest.raises(EOFError):
@@ -277,8 +194,8 @@ def test_damage_behind_a_simple_reply_that_has_left_ends_the_connection(new_node
 def test_a_file_that_ends_early_is_read_through_the_node(new_node: NewNode) -> None:
     node = new_node(("file", 1 << 20), ("file", 1 << 20))
     os.truncate(node.filename, 512 + 100_001)  # the node still knows all the bytes
-    for structured in (False, True):
-        [answer] = quickly(node, [read(0, node.size)], structured=structured)
+    for framing in FRAMINGS:
+        [answer] = quickly(node, [read(0, node.size)], framing)
         assert answer.data == node.content
 
 
@@ -288,7 +205,7 @@ def test_bytes_of_a_file_that_others_may_write_go_by_copy(new_node: NewNode, mon
 
     node = new_node(("file", 1 << 20), stable=False)
     monkeypatch.setattr(fast.os, "sendfile", refuse)
-    [answer] = quickly(node, [read(0, node.size)], structured=True)
+    [answer] = quickly(node, [read(0, node.size)], STRUCTURED_REPLIES)
     assert answer.data == node.content
     assert answer.chunks == (1, 1, 1, 1, 0)
 
@@ -300,11 +217,12 @@ def status(offset: int, length: int, flags: int = 0) -> Request:
     return Request(flags, Command.BLOCK_STATUS, 7, offset, length)
 
 
+@IN_CHUNKS
 @WAYS
-def test_block_status_tells_holes_from_data(new_node: NewNode, way: Way) -> None:
+def test_block_status_tells_holes_from_data(new_node: NewNode, way: Way, framing: Framing) -> None:
     node = new_node(("file", 4096), ("memory", 4096), ("zero", 1 << 20), ("zero", 512), ("file", 4096))
     hole = State.HOLE | State.ZERO
-    [whole, part, one] = way(node, [status(0, node.size), status(1, 9000), status(1, 9000, 8)], structured=True)
+    [whole, part, one] = way(node, [status(0, node.size), status(1, 9000), status(1, 9000, 8)], framing)
     assert whole.status == ((8192, 0), ((1 << 20) + 512, hole), (4096, 0))
     assert part.status == ((8191, 0), (809, hole))
     assert one.status == ((8191, 0),)
@@ -313,22 +231,23 @@ def test_block_status_tells_holes_from_data(new_node: NewNode, way: Way) -> None
 def test_allocated_zeros_are_zero_and_no_hole(monkeypatch: pytest.MonkeyPatch) -> None:
     node = ZeroNode(1 << 20)
     monkeypatch.setattr(node, "block_status", lambda o, n: iter([Extent(o, n, Status.DATA | Status.ZERO)]))
-    [answer] = slowly(node, [status(0, 1 << 20)], structured=True)
+    [answer] = slowly(node, [status(0, 1 << 20)], STRUCTURED_REPLIES)
     assert answer.status == ((1 << 20, State.ZERO),)
 
 
+@IN_CHUNKS
 @WAYS
-def test_block_status_of_four_gigabytes_fits_its_field(way: Way) -> None:
+def test_block_status_of_four_gigabytes_fits_its_field(way: Way, framing: Framing) -> None:
     node = ZeroNode((1 << 40) + 123)
     last = 0xFFFFFFFF
-    [answer, tail] = way(node, [status(0, last), status((1 << 40) - 5, 128)], structured=True)
+    [answer, tail] = way(node, [status(0, last), status((1 << 40) - 5, 128)], framing)
     assert answer.status == ((last, 3),)
     assert tail.status == ((128, 3),)
 
 
 @WAYS
 def test_block_status_without_a_context_is_refused(way: Way) -> None:
-    [answer] = way(ZeroNode(4096), [status(0, 4096)], structured=False)
+    [answer] = way(ZeroNode(4096), [status(0, 4096)], SIMPLE_REPLIES)
     assert answer.error == Errno.EINVAL
 
 
@@ -339,11 +258,100 @@ def test_the_number_of_descriptors_is_bounded(monkeypatch: pytest.MonkeyPatch) -
 
     node = ZeroNode(1 << 40)
     monkeypatch.setattr(node, "block_status", alternating)
-    [answer] = slowly(node, [status(0, 1 << 31)], structured=True)
+    [answer] = slowly(node, [status(0, 1 << 31)], STRUCTURED_REPLIES)
     assert len(answer.status) == contexts.MAX_DESCRIPTORS
     monkeypatch.setattr(node, "block_status", lambda o, n: (Extent(o + i, 1, DATA) for i in range(n)))
-    [answer] = slowly(node, [status(0, 1 << 31)], structured=True)
+    [answer] = slowly(node, [status(0, 1 << 31)], STRUCTURED_REPLIES)
     assert answer.status == ((contexts.MAX_EXTENTS, 0),)
+
+
+# Extended headers.
+
+
+@WAYS
+def test_lengths_of_64_bits_have_their_effect(way: Way) -> None:
+    node = ZeroNode((1 << 40) + 123)
+    requests = [
+        status(0, node.size),
+        status(5, node.size - 5, CommandFlag.REQ_ONE),
+        status((1 << 32) - 1, (1 << 32) + 1),
+        Request(0, Command.CACHE, 7, 0, node.size),
+        read(1, 1 << 32),
+        status(1, node.size),
+        status(1, (1 << 64) - 1),
+    ]
+    *statuses, cache, big, over, wrap = way(node, requests, EXTENDED_HEADERS)
+    assert [answer.status for answer in statuses] == [
+        ((node.size, 3),), ((node.size - 5, 3),), (((1 << 32) + 1, 3),)
+    ]  # fmt: skip
+    assert cache.error == 0
+    assert big.error == Errno.EOVERFLOW
+    assert (over.error, wrap.error) == (Errno.EINVAL, Errno.EINVAL)
+
+
+@WAYS
+@pytest.mark.parametrize("length", [0, 1, 4, 8, 12, 70_000])
+@pytest.mark.parametrize(
+    "command", [Command.READ, Command.FLUSH, Command.TRIM, Command.CACHE, Command.WRITE_ZEROES, 99]
+)
+def test_a_payload_where_none_belongs_is_passed_over_and_refused(
+    new_node: NewNode, way: Way, command: int, length: int
+) -> None:
+    node = new_node(("file", 4096))
+    request = Request(PAYLOAD, command, 3, 0, length)
+    answer, after = way(node, [request, read(0, 9)], EXTENDED_HEADERS, [b"x" * length])
+    assert answer.error in (Errno.EINVAL, Errno.EPERM)  # which of the two reasons comes first is nobody's business
+    assert after.data == node.content[:9]
+
+
+def test_a_write_with_extended_headers_has_to_announce_its_payload(new_node: NewNode) -> None:
+    """A length without the flag is no payload's: what comes next is a request."""
+    node = new_node(("file", 4096))
+    answer, after = quickly(node, [Request(0, Command.WRITE, 3, 0, 512), read(0, 9)], EXTENDED_HEADERS)
+    assert answer.error in (Errno.EINVAL, Errno.EPERM)
+    assert after.data == node.content[:9]
+
+
+def three_contexts(node: BlockNode) -> Answers:
+    contexts = [MetaContext(f"x:{i}", lambda _, o, n, i=i: iter([(n, i)])) for i in range(3)]  # type: ignore[misc]
+    return Answers(Agreement(Export("", lambda: node), node, True, tuple(contexts), True))
+
+
+@pytest.mark.parametrize(
+    ("payload", "contexts"),
+    [
+        (struct.pack(">QI", 5 << 32, 1), (1,)),
+        (struct.pack(">QIII", 5 << 32, 2, 0, 1), (2, 0, 1)),
+        (struct.pack(">QII", 5 << 32, 1, 1), ()),
+        (struct.pack(">QI", 5 << 32, 3), ()),
+        (struct.pack(">QIIII", 5 << 32, 0, 1, 2, 0), ()),
+        (struct.pack(">Q", 5 << 32), ()),
+        (struct.pack(">QH", 5 << 32, 1), ()),
+        (struct.pack(">QI", 0, 1), ()),
+        (struct.pack(">QI", (5 << 32) + 1, 1), ()),
+        (b"1234567", ()),
+        (b"x" * 10_000, ()),
+    ],
+)
+def test_the_payload_of_a_block_status_chooses_contexts(payload: bytes, contexts: tuple[int, ...]) -> None:
+    request = Request(PAYLOAD, Command.BLOCK_STATUS, 7, 77, len(payload))
+    data = io.BytesIO(b"".join(three_contexts(ZeroNode((5 << 32) + 77)).answer(request, [payload[:9], payload[9:]])))
+    answer = understand(data.read, request, EXTENDED_HEADERS)
+    assert answer.contexts == contexts
+    assert answer.error == (0 if contexts else Errno.EINVAL)
+    assert contexts or len(answer.message) > 10
+    assert not data.read()
+
+
+def test_the_payload_of_a_block_status_is_received(new_node: NewNode) -> None:
+    node = new_node(("file", 4096), ("zero", 4096))
+    payload = struct.pack(">QI", 8192, 0)
+    request = Request(PAYLOAD, Command.BLOCK_STATUS, 7, 0, len(payload))
+    bad = request._replace(length=5)
+    [answer, refused, after] = quickly(node, [request, bad, read(0, 9)], EXTENDED_HEADERS, [payload, b"12345"])
+    assert answer.status == ((4096, 0), (4096, 3))
+    assert refused.error == Errno.EINVAL
+    assert after.data == node.content[:9]
 
 
 # The two ways, on anything.
@@ -357,20 +365,22 @@ PICKS = st.lists(st.tuples(*[st.floats(0, 1)] * 2, st.booleans()), max_size=9)
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    runs=RUNS, structured=st.booleans(), picks=st.lists(st.tuples(*[st.floats(0, 1)] * 2, st.booleans()), max_size=9)
+    runs=RUNS,
+    framing=st.sampled_from(FRAMINGS),
+    picks=st.lists(st.tuples(*[st.floats(0, 1)] * 2, st.booleans()), max_size=9),
 )
 def test_the_fast_way_and_the_plain_way_say_the_same(
-    tmp_path: Path, runs: list[tuple[str, int]], structured: bool, picks: list[tuple[float, float, bool]]
+    tmp_path: Path, runs: list[tuple[str, int]], framing: Framing, picks: list[tuple[float, float, bool]]
 ) -> None:
-    if not structured:
+    if not framing.structured:
         runs = [run for run in runs if run[0] != "bad"] or [("file", 1)]  # a simple reply may be cut off
     node = PatchworkNode(tmp_path / "node", runs)
     requests = []
     for cookie, (start, size, whole) in enumerate(picks):
         offset = int(start * (node.size - 1))
         length = max(1, int(size * (node.size - offset)))
-        requests.append(read(offset, length, CommandFlag.DF if whole and structured else 0, cookie))
-    slow, quick = slowly(node, requests, structured=structured), quickly(node, requests, structured=structured)
+        requests.append(read(offset, length, CommandFlag.DF if whole and framing.structured else 0, cookie))
+    slow, quick = slowly(node, requests, framing), quickly(node, requests, framing)
     for request, one, other in zip(requests, slow, quick, strict=True):
         damaged = any(low < request.offset + request.length and request.offset < high for low, high in node.bad)
         assert one[:2] == other[:2]
@@ -401,69 +411,84 @@ def test_parts_cover_a_read_without_gap_or_overlap(runs: list[tuple[str, int]], 
 # Broken clients.
 
 
-@settings(max_examples=2000, deadline=None)
-@given(st.lists(st.one_of(st.binary(max_size=60), st.builds(packed, st.builds(Request, *[st.integers(0, 9)] * 5)))))
-def test_any_bytes_are_requests_or_end_it(data: list[bytes]) -> None:
-    requests, answers = Requests(), Answers(Agreement(Export("", lambda: ZeroNode(9)), ZeroNode(9), True))
+SMALL = st.builds(Request, st.sampled_from([0, 1, 4, 8, 32]), *[st.integers(0, 9)] * 4)
+
+
+@EACH
+@settings(max_examples=1000, deadline=None)
+@given(st.lists(st.one_of(st.binary(max_size=60), SMALL)))
+def test_any_bytes_are_requests_or_end_it(framing: Framing, pieces: list[bytes | Request]) -> None:
+    data = [piece if isinstance(piece, bytes) else packed(piece, framing) for piece in pieces]
+    requests, answers = Requests(framing), Answers(agreement(ZeroNode(9), framing))
     try:
         for piece in data:
-            for request in requests.receive(piece):
-                b"".join(answers.answer(request))
+            for request, payload in requests.receive(piece):
+                b"".join(answers.answer(request, [payload]))
     except NBDError:
         pass
 
 
-def test_a_write_to_a_read_only_export_is_refused_and_its_data_passed_over(new_node: NewNode) -> None:
+@IN_CHUNKS
+def test_a_write_to_a_read_only_export_is_refused_and_its_data_passed_over(new_node: NewNode, framing: Framing) -> None:
     node = new_node(("file", 4096))
-    data = packed(read(0, 1))  # looks like a request, and is none
-    write = Request(0, Command.WRITE, 3, 0, len(data))
-    assert list(Requests().receive(packed(write) + data)) == [write]
+    flags = CommandFlag.PAYLOAD_LEN if framing.extended else 0
+    data = packed(read(0, 1), framing)  # looks like a request, and is none
+    write = Request(flags, Command.WRITE, 3, 0, len(data))
+    assert list(Requests(framing).receive(packed(write, framing) + data)) == [(write, data)]
     with connected(exports(default=node)) as sock:
-        receive = handshake(sock, structured=True)
+        receive = handshake(sock, framing)
         for size in (len(data), 1 << 20):
-            write = Request(0, Command.WRITE, 3, 0, size)
-            sock.sendall(packed(write) + data.ljust(size, b"x") + packed(read(0, 9)))
-            assert understand(receive, write, structured=True).error == Errno.EPERM
-            assert understand(receive, read(0, 9), structured=True).data == node.content[:9]
+            write = Request(flags, Command.WRITE, 3, 0, size)
+            sock.sendall(packed(write, framing) + data.ljust(size, b"x") + packed(read(0, 9), framing))
+            assert understand(receive, write, framing).error == Errno.EPERM
+            assert understand(receive, read(0, 9), framing).data == node.content[:9]
 
 
 @pytest.mark.parametrize(
-    "attack",
+    ("framing", "attack"),
     [
-        bytes(28),
-        b"GET / HTTP/1.1\r\nHost: nowhere\r\n\r\n",
-        packed(Request(0, Command.WRITE, 3, 0, 0xFFFFFFFF)),
-        packed(read(0, 1))[:20],
+        (STRUCTURED_REPLIES, bytes(28)),
+        (STRUCTURED_REPLIES, b"GET / HTTP/1.1\r\nHost: nowhere\r\n\r\n"),
+        (STRUCTURED_REPLIES, packed(Request(0, Command.WRITE, 3, 0, 0xFFFFFFFF))),
+        (STRUCTURED_REPLIES, packed(read(0, 1))[:20]),
+        (STRUCTURED_REPLIES, packed(read(0, 1), EXTENDED_HEADERS)),
+        (EXTENDED_HEADERS, packed(read(0, 1)) + bytes(4)),
+        (EXTENDED_HEADERS, packed(Request(PAYLOAD, Command.WRITE, 3, 0, nbd.MAX_PAYLOAD + 1), EXTENDED_HEADERS)),
+        (EXTENDED_HEADERS, packed(Request(PAYLOAD, 99, 3, 0, (1 << 64) - 1), EXTENDED_HEADERS)),
     ],
 )
-def test_what_is_no_request_ends_the_connection_after_what_was_one(new_node: NewNode, attack: bytes) -> None:
+def test_what_is_no_request_ends_the_connection_after_what_was_one(
+    new_node: NewNode, framing: Framing, attack: bytes
+) -> None:
     node = new_node(("file", 4096))
     with connected(exports(default=node)) as sock:
-        receive = handshake(sock, structured=True)
-        sock.sendall(packed(read(0, 9)) + attack)
+        receive = handshake(sock, framing)
+        sock.sendall(packed(read(0, 9), framing) + attack)
         sock.shutdown(socket.SHUT_WR)
-        assert understand(receive, read(0, 9), structured=True).data == node.content[:9]
+        assert understand(receive, read(0, 9), framing).data == node.content[:9]
         assert sock.recv(1) == b""
 
 
-def test_requests_before_a_disconnect_are_answered(new_node: NewNode) -> None:
+@IN_CHUNKS
+def test_requests_before_a_disconnect_are_answered(new_node: NewNode, framing: Framing) -> None:
     node = new_node(("file", 1 << 20))
     with connected(exports(default=node)) as sock:
-        receive = handshake(sock, structured=True)
-        disconnect = packed(Request(0, Command.DISC, 0, 0, 0))
-        sock.sendall(packed(read(0, 9)) * 100 + disconnect + packed(read(0, 9)))
+        receive = handshake(sock, framing)
+        disconnect = packed(Request(0, Command.DISC, 0, 0, 0), framing)
+        sock.sendall(packed(read(0, 9), framing) * 100 + disconnect + packed(read(0, 9), framing))
         for _ in range(100):
-            assert understand(receive, read(0, 9), structured=True).data == node.content[:9]
+            assert understand(receive, read(0, 9), framing).data == node.content[:9]
         assert sock.recv(1) == b""
 
 
-def test_requests_may_arrive_in_any_pieces(new_node: NewNode) -> None:
+@IN_CHUNKS
+def test_requests_may_arrive_in_any_pieces(new_node: NewNode, framing: Framing) -> None:
     node = new_node(("file", 1 << 20))
     with connected(exports(default=node)) as sock:
-        receive = handshake(sock, structured=True)
-        for byte in packed(read(5, 9)):
+        receive = handshake(sock, framing)
+        for byte in packed(read(5, 9), framing):
             sock.sendall(bytes([byte]))
-        assert understand(receive, read(5, 9), structured=True).data == node.content[5:14]
+        assert understand(receive, read(5, 9), framing).data == node.content[5:14]
 
 
 def test_a_fault_of_ours_ends_one_connection_and_is_logged(
@@ -472,7 +497,7 @@ def test_a_fault_of_ours_ends_one_connection_and_is_logged(
     node = ZeroNode(4096)
     monkeypatch.setattr(node, "preadv", lambda offset, buffers: 1 / 0)
     with connected(exports(default=node)) as sock:
-        handshake(sock, structured=True)
+        handshake(sock, STRUCTURED_REPLIES)
         sock.sendall(packed(read(0, 9)))
         assert sock.recv(1) == b""
     assert "fault of this server" in caplog.text
