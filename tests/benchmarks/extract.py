@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,39 +26,41 @@ PEER_OPTIONS = [
 ]
 
 
-def comparisons(quick: bool) -> Iterator[pairs.Comparison]:
+def rows(quick: bool) -> Iterator[pairs.Row]:
     size = 256 << 20 if quick else 2 << 30
     for compression, target in TARGETS.items():
-        image = images.fragmented(size, compression)
-        with TemporaryDirectory(dir=images.CACHE) as folder:
-            yield _compare(image, Path(folder), f"extract, {compression}", target, 3 if quick else 5)
+        what = f"extract, {compression}"
+        yield pairs.Row(what, partial(_compare, what, size, compression, target, 3 if quick else 5))
 
 
-def _compare(image: Path, folder: Path, what: str, target: float, count: int) -> pairs.Comparison:
-    ours, theirs = folder / "ours.raw", folder / "theirs.raw"
+def _compare(what: str, size: int, compression: str, target: float, count: int) -> pairs.Comparison:
+    image = images.fragmented(size, compression)
+    with TemporaryDirectory(dir=images.CACHE) as folder:
+        ours, theirs = Path(folder) / "ours.raw", Path(folder) / "theirs.raw"
 
-    def clear() -> None:
-        """So that no run pays for the files of another."""
-        ours.unlink(missing_ok=True)
-        theirs.unlink(missing_ok=True)
-        os.sync()
+        def clear() -> None:
+            """So that no run pays for the files of another."""
+            ours.unlink(missing_ok=True)
+            theirs.unlink(missing_ok=True)
+            os.sync()
 
-    def peer(options: list[str]) -> pairs.Command:
-        return ["qemu-img", "convert", *options, "-l", f"snapshot.name={images.SNAPSHOT}", "-O", "raw", image, theirs]
+        def peer(options: list[str]) -> pairs.Run:
+            named = f"snapshot.name={images.SNAPSHOT}"
+            return pairs.run(["qemu-img", "convert", *options, "-l", named, "-O", "raw", image, theirs])
 
-    def trial(options: list[str]) -> float:
+        def trial(options: list[str]) -> float:
+            clear()
+            return peer(options).figure
+
+        peer([])  # the image is in the page cache from here on
+        best = min(PEER_OPTIONS, key=lambda options: min(trial(options), trial(options)))
+
+        extract = partial(pairs.run, [pairs.QCOW2SNAP, "extract", "-s", images.SNAPSHOT, image, ours])
         clear()
-        return pairs.run(peer(options)).seconds
-
-    pairs.run(peer([]))  # the image is in the page cache from here on
-    best = min(PEER_OPTIONS, key=lambda options: min(trial(options), trial(options)))
-
-    command: pairs.Command = [pairs.QCOW2SNAP, "extract", "-s", images.SNAPSHOT, image, ours]
-    clear()
-    pairs.run(command)
-    pairs.run(peer(best))
-    if not filecmp.cmp(ours, theirs, shallow=False):
-        raise pairs.BenchmarkError(f"extract and qemu-img convert -l differ on {image}")
-    return pairs.compare(
-        f"{what} | convert {' '.join(best)}", command, peer(best), pairs=count, before=clear, at_least=target
-    )
+        extract()
+        peer(best)
+        if not filecmp.cmp(ours, theirs, shallow=False):
+            raise pairs.BenchmarkError(f"extract and qemu-img convert -l differ on {image}")
+        return pairs.compare(
+            what, extract, partial(peer, best), f"convert {' '.join(best)}", pairs=count, before=clear, target=target
+        )

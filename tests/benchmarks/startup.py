@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from tests.benchmarks import pairs
@@ -12,9 +13,14 @@ IMAGE = Path(__file__).parents[2] / "fixtures/images/demo.qcow2"
 LIMIT = 0.150  # seconds
 
 
-def comparisons(quick: bool) -> Iterator[pairs.Comparison]:
-    python = [sys.executable, "-c", "pass"]
-    for arguments in ["list", IMAGE], ["--help"]:
-        ours = [pairs.QCOW2SNAP, *arguments]
-        pairs.run(ours)  # compiles what pip has not
-        yield pairs.compare(f"{arguments[0]} | python3 -c pass", ours, python, pairs=5 if quick else 21, within=LIMIT)
+def rows(quick: bool) -> Iterator[pairs.Row]:
+    commands: dict[str, pairs.Command] = {"list, cold": ["list", IMAGE], "--help": ["--help"]}
+    for what, arguments in commands.items():
+        yield pairs.Row(what, partial(_compare, what, [pairs.QCOW2SNAP, *arguments], 5 if quick else 21))
+
+
+def _compare(what: str, command: pairs.Command, count: int) -> pairs.Comparison:
+    pairs.run(command)  # compiles what pip has not
+    python = partial(pairs.run, [sys.executable, "-c", "pass"])
+    ours = partial(pairs.run, command)
+    return pairs.compare(what, ours, python, "python3 -c pass", pairs=count, target=pairs.Target(figure=LIMIT))
