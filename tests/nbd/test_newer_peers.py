@@ -1,0 +1,65 @@
+"""Peers that speak extended headers, as `scripts/newer-peers` unpacks them, with our server and our client."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qcow2snap.block.node import BlockNode, Extent
+from tests.nbd.support import NewNode, Serve, ZeroNode, exports, run
+from tests.support.tools import REPOSITORY
+
+PEERS = REPOSITORY / ".peers" / "bin"
+ODD_SIZE = (5 << 40) + 123  # bytes: over 4 GiB, and its tail is no round size
+
+
+@pytest.fixture
+def peers() -> Path:
+    """The folder of the newer programs. Without it the test is skipped, but where CI=true it fails."""
+    if not (PEERS / "nbdinfo").exists():
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("make test gets the newer peers; see .peers")
+    return PEERS
+
+
+def uri(serve: Serve, node: BlockNode) -> str:
+    return str(serve(exports(default=node)).listeners[0].uri)
+
+
+def test_nbdinfo_says_extended(peers: Path, serve: Serve, new_node: NewNode) -> None:
+    said = run(peers / "nbdinfo", uri(serve, new_node(("file", 4096))))
+    assert "using extended packets" in said
+    assert "can_block_status_payload: true" in said
+    assert "can_df: true" in said
+
+
+def test_terabytes_are_mapped_by_one_request(peers: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = ZeroNode(ODD_SIZE)
+    asked: list[tuple[int, int]] = []
+
+    def block_status(offset: int, length: int, *, want_zero: bool = True) -> list[Extent]:
+        asked.append((offset, length))
+        return list(ZeroNode.block_status(node, offset, length))
+
+    monkeypatch.setattr(node, "block_status", block_status)
+    said = run(peers / "nbdinfo", "--map", uri(serve, node))
+    assert said.split() == ["0", str(ODD_SIZE), "3", "hole,zero"]
+    assert asked == [(0, ODD_SIZE)]
+
+
+def test_nbdcopy_and_qemu_read_the_same_bytes(peers: Path, serve: Serve, new_node: NewNode, tmp_path: Path) -> None:
+    node = new_node(("file", 1 << 20), ("zero", 8 << 20), ("memory", 1 << 20), ("file", 70_000))
+    where = uri(serve, node)
+    run(peers / "nbdcopy", where, tmp_path / "copied")
+    assert (tmp_path / "copied").read_bytes() == node.content
+    run(peers / "qemu-img", "convert", "-f", "raw", "-O", "raw", where, tmp_path / "converted")
+    assert (tmp_path / "converted").read_bytes()[: node.size] == node.content
+
+
+def test_qemu_maps_what_is_behind_4_gib(peers: Path, serve: Serve) -> None:
+    where = uri(serve, ZeroNode(5 << 40))
+    assert '"start": 0, "length": 5497558138880, "depth": 0, "present": true, "zero": true' in run(
+        peers / "qemu-img", "map", "-f", "raw", "--output=json", where
+    )
+    assert "transaction size: 64-bit" in run(peers / "qemu-nbd", "--list", "-k", where.partition("socket=")[2])
