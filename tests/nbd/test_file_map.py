@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from collections.abc import Iterator
@@ -19,8 +20,10 @@ from tests.nbd.test_transmission import RUNS
 
 
 def pread(files: FileMap, offset: int, length: int) -> bytes:
+    """As the server reads: from the map if it is at hand there, else from the node."""
     buffer = bytearray(length)
-    files.pread_into(offset, memoryview(buffer))
+    if not files.read_at_hand(offset, memoryview(buffer)):
+        files._node.preadv(offset, [buffer])
     return bytes(buffer)
 
 
@@ -95,3 +98,56 @@ def test_what_is_remembered_is_bounded(new_node: NewNode, monkeypatch: pytest.Mo
         for offset in range(0, node.size, 4096):
             assert pread(files, offset, 99) == node.content[offset : offset + 99]
             assert len(files._windows) <= 6
+
+
+def test_zeros_are_remembered_too(new_node: NewNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = new_node(("file", 4096), ("zero", 1 << 16))
+    files = FileMap(node)
+    assert pread(files, 0, 1) == node.content[:1]
+    monkeypatch.setattr(node, "preadv", None)
+    buffer = bytearray(b"x" * 5000)
+    assert files.read_at_hand(8192, memoryview(buffer))
+    assert buffer == bytes(5000)
+
+
+@pytest.mark.parametrize("error", [errno.EAGAIN, errno.EIO])
+def test_what_has_to_be_waited_for_is_not_at_hand(
+    new_node: NewNode, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    node = new_node(("file", 1 << 16))
+    files = FileMap(node)
+    flags = []
+
+    def refuse(fd: int, buffers: list[memoryview], offset: int, given: int = 0) -> int:
+        flags.append(given)
+        raise OSError(error, "not now")
+
+    monkeypatch.setattr(module.os, "preadv", refuse)
+    assert not files.read_at_hand(0, memoryview(bytearray(9)))
+    assert not files.is_at_hand(node, 512)
+    assert flags == [os.RWF_NOWAIT] * 2
+
+
+def test_a_file_system_without_nowait_is_read_all_the_same(new_node: NewNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = new_node(("file", 1 << 16))
+    files = FileMap(node)
+    preadv = os.preadv
+
+    def refuse(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, "no such flag here")
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(module.os, "preadv", refuse)
+    buffer = bytearray(9)
+    assert files.read_at_hand(5, memoryview(buffer))
+    assert buffer == node.content[5:14]
+    assert files.is_at_hand(node, 512)
+
+
+def test_a_node_that_is_confirmed_may_have_files_that_others_write(new_node: NewNode) -> None:
+    node = new_node(("file", 1 << 16), stable=False)
+    node.must_confirm = True
+    buffer = bytearray(9)
+    assert FileMap(node).read_at_hand(5, memoryview(buffer))
+    assert buffer == node.content[5:14]

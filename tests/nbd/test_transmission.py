@@ -17,15 +17,14 @@ from hypothesis import strategies as st
 from formats import nbd
 from formats.nbd import Command, CommandFlag, Errno, ReplyChunkType, State
 from qcow2snap.block.node import BlockNode, Extent, NBDError, Qcow2SnapError, Status
-from qcow2snap.nbd import connection as fast
-from qcow2snap.nbd import contexts
+from qcow2snap.nbd import channel, contexts
 from qcow2snap.nbd.contexts import ALLOCATION, MetaContext
 from qcow2snap.nbd.export import Export
 from qcow2snap.nbd.framing import EXTENDED_HEADERS, SIMPLE_REPLIES, STRUCTURED_REPLIES, Framing
 from qcow2snap.nbd.negotiation import Agreement
 from qcow2snap.nbd.transmission import Answers, Request, Requests, parts_of
 from tests.nbd.support import DATA, NewNode, PatchworkNode, ZeroNode, connected, exports
-from tests.nbd.wire import Answer, handshake, packed, read, understand
+from tests.nbd.wire import Answer, handshake, packed, pushed_back, read, understand
 
 
 def slowly(
@@ -62,13 +61,20 @@ def agreement(node: BlockNode, framing: Framing) -> Agreement:
 def quickly(
     node: BlockNode, requests: Sequence[Request], framing: Framing, payloads: Sequence[bytes] = ()
 ) -> list[Answer]:
+    """Over a connection, which may answer in any order."""
+    by_cookie = {number: request._replace(cookie=number) for number, request in enumerate(requests)}
+    found = {}
     with connected(exports(default=node)) as sock:
         receive = handshake(sock, framing)
-        sock.sendall(sent(requests, framing, payloads))
-        found = [understand(receive, request, framing) for request in requests]
+        sock.sendall(sent(list(by_cookie.values()), framing, payloads))
+        while len(found) < len(requests):
+            head = receive(16)  # of any kind of reply: its cookie comes last
+            cookie = int.from_bytes(head[8:], "big")
+            assert cookie not in found
+            found[cookie] = understand(pushed_back(head, receive), by_cookie[cookie], framing)
         sock.sendall(packed(Request(0, Command.DISC, 0, 0, 0), framing))
         assert sock.recv(1) == b""
-        return found
+    return [found[cookie] for cookie in by_cookie]
 
 
 WAYS = pytest.mark.parametrize("way", [slowly, quickly])
@@ -204,7 +210,7 @@ def test_bytes_of_a_file_that_others_may_write_go_by_copy(new_node: NewNode, mon
         raise AssertionError("sendfile")
 
     node = new_node(("file", 1 << 20), stable=False)
-    monkeypatch.setattr(fast.os, "sendfile", refuse)
+    monkeypatch.setattr(channel.os, "sendfile", refuse)
     [answer] = quickly(node, [read(0, node.size)], STRUCTURED_REPLIES)
     assert answer.data == node.content
     assert answer.chunks == (1, 1, 1, 1, 0)
@@ -492,9 +498,9 @@ def test_requests_may_arrive_in_any_pieces(new_node: NewNode, framing: Framing) 
 
 
 def test_a_fault_of_ours_ends_one_connection_and_is_logged(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    new_node: NewNode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    node = ZeroNode(4096)
+    node = new_node(("memory", 4096))
     monkeypatch.setattr(node, "preadv", lambda offset, buffers: 1 / 0)
     with connected(exports(default=node)) as sock:
         handshake(sock, STRUCTURED_REPLIES)

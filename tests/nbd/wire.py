@@ -123,6 +123,18 @@ def receiver(sock: socket.socket) -> Receive:
     return receive
 
 
+def pushed_back(data: bytes, receive: Receive) -> Receive:
+    """A receive that gives `data` once more."""
+    rest = data
+
+    def again(length: int) -> bytes:
+        nonlocal rest
+        taken, rest = rest[:length], rest[length:]
+        return taken + (receive(length - len(taken)) if len(taken) < length else b"")
+
+    return again
+
+
 def handshake(sock: socket.socket, framing: Framing, name: bytes = b"") -> Receive:
     """Into the transmission phase by the client's side."""
     receive = receiver(sock)

@@ -1,0 +1,205 @@
+"""A client's socket as a stream: requests as they arrive, and replies on their way. What they say is elsewhere.
+
+How it is fast, and why. One `recv_into` takes all requests that have arrived; their replies are gathered in one buffer,
+and leave with one `send`. Between two requests of a client that waits for each reply lies a wake-up, which costs more
+than the read: so a few non-blocking `recv`s come before the one that blocks, as long as such spinning has been paying.
+A file's pages go to the socket by `sendfile`, behind a header that waits for them (MSG_MORE).
+
+TLS has none of the three: its bytes pass through the library. `is_plain` tells.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator
+from socket import MSG_DONTWAIT, MSG_MORE, MSG_WAITALL
+
+RECEIVE = 1 << 16  # bytes: some 2,300 requests
+GATHER = 288 << 10  # bytes of replies in one send: 64 of 4 KiB or one of 256 KiB; 1 MiB was slower
+PIECE = 1 << 18  # bytes read, or received of a payload, at once
+SPIN = 40  # non-blocking tries, about 1 µs each
+SPIN_PAYS = 100e-6  # seconds: a spin that took longer was interrupted by somebody who needed the processor
+MAX_PAUSE = 255  # receives without a spin where spins do not pay; an idle client costs one spin in so many
+
+
+class Arrivals:
+    """What the client sent and was not handled yet, in one buffer.
+
+    request_size  bytes of a request's header
+    received      what came with the end of the handshake
+    errors        OSError of the socket
+    """
+
+    def __init__(self, sock: socket.socket, request_size: int, received: bytes, *, is_plain: bool = True) -> None:
+        self._socket = sock
+        self._request_size = request_size
+        self._is_plain = is_plain
+        self.buffer = bytearray(RECEIVE)
+        self.buffer[: len(received)] = received
+        self._view = memoryview(self.buffer)
+        self._start = 0
+        self._end = len(received)
+        self._pause = 0  # receives that will block at once
+        self._pauses = 0  # so many of them follow when a spin has failed: the more, the more have
+
+    def wait(self) -> bool:
+        """Wait until there is a whole request. False if the client left."""
+        self._move_up()
+        while self._end < self._request_size:
+            count = self._receive(self._view[self._end :])
+            if not count:
+                return False
+            self._end += count
+        return True
+
+    def poll(self) -> bool:
+        """Take what has arrived, if anything has. False if the client left."""
+        self._move_up()
+        into = self._view[self._end :]
+        try:
+            if self._is_plain:
+                count = self._socket.recv_into(into, 0, MSG_DONTWAIT)
+            elif self._has_arrived():
+                count = self._socket.recv_into(into)
+            else:
+                return True
+        except BlockingIOError:
+            return True
+        self._end += count
+        return count > 0
+
+    def requests(self) -> Iterator[int]:
+        """Where in the buffer each whole request's header is."""
+        size = self._request_size
+        while self._end - self._start >= size:
+            self._start += size
+            yield self._start - size
+
+    def payload(self, length: int) -> Iterator[memoryview]:
+        """The data behind the header that was given last, in pieces, each good until the next one is asked for."""
+        here = min(length, self._end - self._start)
+        if here:
+            self._start += here
+            yield self._view[self._start - here : self._start]
+        missing = length - here
+        if not missing:
+            return
+        self._start = self._end = 0
+        piece = memoryview(bytearray(min(missing, PIECE)))
+        flags = MSG_WAITALL if self._is_plain else 0
+        while missing:
+            count = self._socket.recv_into(piece, min(missing, PIECE), flags)
+            if not count:
+                raise ConnectionResetError("in the middle of a payload")
+            missing -= count
+            yield piece[:count]
+
+    def _move_up(self) -> None:
+        self._view[: self._end - self._start] = self._view[self._start : self._end]
+        self._start, self._end = 0, self._end - self._start
+
+    def _has_arrived(self) -> bool:
+        """Whether to receive by TLS takes no waiting, but perhaps for the rest of a record."""
+        pending: int = self._socket.pending()  # type: ignore[attr-defined]  # of ssl.SSLSocket
+        return pending > 0 or bool(select.select([self._socket], [], [], 0)[0])
+
+    def _receive(self, into: memoryview) -> int:
+        receive = self._socket.recv_into
+        if not self._is_plain:
+            return receive(into)
+        if self._pause:
+            self._pause -= 1
+            return receive(into)
+        until = time.perf_counter() + SPIN_PAYS
+        count = -1
+        for _ in range(SPIN):
+            try:
+                count = receive(into, 0, MSG_DONTWAIT)
+                break
+            except BlockingIOError:
+                # Where other threads want the interpreter, each try waits for it: 40 tries could take seconds.
+                if time.perf_counter() > until:
+                    break
+        if count >= 0 and time.perf_counter() < until:
+            self._pauses //= 2
+            return count
+        # It did not pay: the client thinks for long, or the processor that spinning takes is wanted by others.
+        self._pause = self._pauses = min(2 * self._pauses + 1, MAX_PAUSE)
+        return count if count >= 0 else receive(into)
+
+
+class Outbox:
+    """Replies on their way into a socket, gathered.
+
+    view         where replies are put, at places that `room` gives
+    gone         bytes that left
+    before_send  called ahead of each send, while `used` bytes of `view` can still be changed
+    errors       OSError of the socket
+    """
+
+    def __init__(self, sock: socket.socket, *, is_plain: bool = True) -> None:
+        self._socket = sock
+        self.is_plain = is_plain
+        self.view = memoryview(bytearray(GATHER))
+        self.used = 0
+        self.gone = 0
+        self.before_send: Callable[[], None] | None = None
+
+    @property
+    def position(self) -> int:
+        """Bytes that there ever were."""
+        return self.gone + self.used
+
+    def room(self, size: int) -> int:
+        """Where in `view` to put the next `size` bytes, up to PIECE and a header."""
+        if self.used + size > GATHER:
+            self.flush()
+        start = self.used
+        self.used = start + size
+        return start
+
+    def write(self, data: bytes) -> None:
+        for start in range(0, len(data), PIECE):
+            piece = data[start : start + PIECE]
+            at = self.room(len(piece))
+            self.view[at : at + len(piece)] = piece
+
+    def write_zeroes(self, length: int) -> None:
+        while length:
+            piece = min(length, PIECE)
+            at = self.room(piece)
+            self.view[at : at + piece] = bytes(piece)
+            length -= piece
+
+    def flush(self, *, more: bool = False) -> None:
+        """Send all there is; `more` follows at once."""
+        if self.before_send is not None:
+            self.before_send()
+        start = 0
+        flags = MSG_MORE if more and self.is_plain else 0
+        while start < self.used:
+            start += self._socket.send(self.view[start : self.used], flags)
+        self.gone += self.used
+        self.used = 0
+
+    def send_file(self, file: int, offset: int, length: int) -> int:
+        """Bytes of a file, behind all that was written. Gives how many: fewer where the file ends or cannot be read."""
+        self.flush(more=True)
+        end = offset + length
+        at = offset
+        while at < end:
+            try:
+                count = os.sendfile(self._socket.fileno(), file, at, end - at)
+            except OSError as error:
+                if error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ETIMEDOUT, errno.ENOTCONN, errno.EBADF):
+                    raise
+                break
+            if not count:
+                break
+            at += count
+        self.gone += at - offset
+        return at - offset
