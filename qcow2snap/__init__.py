@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from qcow2snap.block.node import (
+        Change,
+        ChangedExtent,
         Extent,
         FileError,
         ImageFormatError,
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from qcow2snap.image import Disk, Image, Snapshot, open  # noqa: A004
 
 __all__ = [
+    "Change",
+    "ChangedExtent",
     "Disk",
     "Extent",
     "FileError",

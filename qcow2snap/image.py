@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from qcow2snap.block.graph import OpenOptions, open_image
-from qcow2snap.block.node import BlockNode, Extent, SnapshotInfo
+from qcow2snap.block.node import BlockNode, ChangedExtent, Extent, SnapshotInfo
 from qcow2snap.block.qcow2.driver import TABLE_CACHE_SIZE
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
 
@@ -126,6 +126,21 @@ class Image:
     def snapshot(self, ref: str) -> Snapshot:
         """By NAME, name=NAME, id=ID, or id=ID,name=NAME. Raises SnapshotNotFound, SnapshotAmbiguous."""
         return Snapshot(self.node, self.node.find_snapshot(ref))
+
+    def diff(self, since: str, state: str | None = None, *, verify: bool = False) -> Iterator[ChangedExtent]:
+        """What may differ between two snapshots, or a snapshot and the active disk, by the tables: no data is read.
+
+        With `verify` what was written again with the same bytes is left out, for which both are read.
+        """
+        older = self.snapshot(since)
+        newer = None if state is None else self.snapshot(state)
+        changes = self.node.changes(older.info, None if newer is None else newer.info)
+        if not verify:
+            return changes
+        from qcow2snap.forensics.diff import verified
+
+        unit = self.node.header.subcluster_size
+        return verified(changes, older.node, self.node if newer is None else newer.node, unit)
 
     def close(self) -> None:
         self.node.close()

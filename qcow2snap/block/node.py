@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from enum import IntFlag
+from enum import Enum, IntFlag
 from typing import NamedTuple, NoReturn, Protocol
 
 # What preadv fills. Writable and contiguous, whatever its type: bytearray, memoryview, mmap, a numpy array.
@@ -58,6 +58,27 @@ class Extent(NamedTuple):
     def must_read(self) -> bool:
         """The bytes are not known to be zeros."""
         return int.__and__(self.status, 3) == 1  # DATA and not ZERO; a flag's own & costs ten times as much
+
+
+class Change(Enum):
+    """How bytes differ between two states of a disk."""
+
+    DATA = "data"  # other bytes
+    BECAME_ZERO = "became-zero"  # zeros now
+    WAS_ZERO = "was-zero"  # zeros then
+    SIZE = "size"  # beyond the end of one of the two
+
+
+class ChangedExtent(NamedTuple):
+    """A run of guest bytes that may differ between two states, in one way."""
+
+    offset: int
+    length: int
+    change: Change
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
 
 
 class SnapshotInfo(NamedTuple):
@@ -195,6 +216,16 @@ class SnapshotAccess(ABC):
 
     def prefetch_snapshot(self, snapshot: SnapshotInfo, offset: int, length: int) -> None:
         """As BlockNode.prefetch, of a snapshot."""
+
+    @abstractmethod
+    def changes(
+        self, since: SnapshotInfo | None, state: SnapshotInfo | None, offset: int = 0, length: int | None = None
+    ) -> Iterator[ChangedExtent]:
+        """What may differ in `state` from what it was in `since` (None: the active disk), in order, without overlap.
+
+        Told by metadata, without reading: bytes that differ are always in it, but so may be bytes that were written
+        again with what they were. The range is one of the larger of both, by default all from `offset` on.
+        """
 
     def vm_state(self, snapshot: SnapshotInfo) -> BlockNode:
         """The VM state that was saved with a snapshot, as a read-only node. None was saved: SnapshotNotFound."""

@@ -23,9 +23,13 @@ _COMMANDS = {
     "info": "Describe an image: its size, format, features, snapshots and chain.",
     "map": "Show which parts of a disk or snapshot are allocated, and where they lie.",
     "extract": "Copy a disk, a snapshot or a VM state to a raw file.",
+    "diff": "Show which bytes differ between two snapshots, and how.",
     "digest": "Hash snapshots, and check them against a manifest.",
     "serve": "Export all snapshots over NBD.",
 }
+
+# Exit codes of commands that could not, where it is not 1. As in `qemu-img compare`, 1 says that there is a difference.
+_COULD_NOT = {"diff": 2}
 
 
 class _LazyGroup(click.Group):
@@ -68,13 +72,15 @@ def cli() -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 could not (one line on stderr), 2 usage; 128 + N for signal N."""
+    words = [*(sys.argv[1:] if args is None else args)]
+    could_not = _COULD_NOT.get(words[0], 1) if words else 1
     if sys.stdout is None:  # the shell's >&-: the image would be opened in its place, and printed to
-        _fail("standard output is closed")
+        _fail("standard output is closed", could_not)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name gets it escaped
     try:
         # Not cli.main(): it has ways of its own for broken pipes and interrupts.
-        with cli.make_context("qcow2snap", [*(sys.argv[1:] if args is None else args)]) as context:
+        with cli.make_context("qcow2snap", words) as context:
             result = cli.invoke(context)
         sys.stdout.flush()
         sys.exit(result if isinstance(result, int) else 0)
@@ -86,18 +92,18 @@ def main(args: Sequence[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except Qcow2SnapError as error:
-        _fail(str(error))
+        _fail(str(error), could_not)
     except OSError as error:
         if error.errno == errno.EPIPE:  # the reader of our output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(141)
         name = f"{error.filename}: " if error.filename else ""
-        _fail(f"{name}{error.strerror or error}")
+        _fail(f"{name}{error.strerror or error}", could_not)
     except MemoryError:
-        _fail("not enough memory")
+        _fail("not enough memory", could_not)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, exit_code: int) -> None:
     line = " ".join(message.split())
     print(f"qcow2snap: {line}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
-    sys.exit(1)
+    sys.exit(exit_code)

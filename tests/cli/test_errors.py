@@ -204,6 +204,8 @@ def test_an_image_in_use_is_refused_and_read_with_force_share(
     assert run("map", "-U", "--json", "-s", "frozen", path).json()[0]["length"] == 131072
     (entry,) = run("digest", "--force-share", "--json", "-s", "frozen", path).json()["entries"]
     assert entry["digests"]["sha256"] == expected.sha256
+    assert run("diff", path, "frozen").returncode == 2
+    assert run("diff", "-U", "--verify", "--json", path, "frozen").stdout.count("start") == 1
     out = path.with_name("out")
     assert run("extract", "-U", "-s", "frozen", path, out) == Result("", "", 0)
     assert out.read_bytes() == expected.read()

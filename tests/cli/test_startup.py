@@ -44,6 +44,14 @@ def test_a_listing_loads_nothing_heavy(library: Library, flags: list[str]) -> No
     assert modules("list", *flags, library.path("demo")) & HEAVY == set()
 
 
+def test_a_diff_needs_no_numpy(library: Library) -> None:
+    program = (
+        "import sys\nfrom qcow2snap.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    "
+    )
+    program += "assert end.code == 1\nprint(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
+    assert imported(program, "diff", str(library.path("demo")), "monday", "tuesday") & HEAVY == set()
+
+
 @pytest.mark.parametrize("words", [["map"], ["digest"], ["info"]], ids=" ".join)
 def test_no_progress_bar_is_loaded_where_there_is_no_terminal(library: Library, words: list[str]) -> None:
     assert "rich" not in modules(*words, library.path("demo"))

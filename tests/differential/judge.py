@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import qcow2snap
-from qcow2snap.block.node import Status
+from qcow2snap.block.node import Change, ChangedExtent, Status
+from qcow2snap.block.snapshot_access import SnapshotAccessNode
 from qcow2snap.cli import main
+from qcow2snap.forensics.diff import verified
 from tests.support import Content, Image, Reference, Result, copy_with_holes, qemu_img, qemu_info, qemu_map, read_table
 
 QEMU_NAME_LIMIT = 255  # bytes; qemu-img cuts longer names and ids
@@ -136,6 +138,52 @@ def extents_are_true(disk: qcow2snap.Disk) -> None:
             elif extent.file is not None:
                 assert os.pread(extent.file.fileno(), extent.length, extent.file_offset) == content
     assert position == disk.size
+
+
+def diffs_agree(path: Path, contents: Sequence[bytes] | None = None) -> None:
+    """Between any two states, each byte that differs is in what `changes` tells, and only such when it is verified.
+
+    contents  what the active disk and the snapshots hold; by default what is read of them
+    """
+    with qcow2snap.open(path) as opened:
+        node, snapshots = opened.node, [None, *opened.node.snapshots()]
+        nodes = [node if snapshot is None else SnapshotAccessNode(node, snapshot) for snapshot in snapshots]
+        if contents is None:
+            contents = [disk.pread(0, disk.size) for disk in nodes]
+        for old, new in itertools.permutations(range(len(nodes)), 2):
+            told = list(node.changes(snapshots[old], snapshots[new]))
+            certain = list(verified(told, nodes[old], nodes[new], node.header.subcluster_size))
+            for extents in (told, certain):
+                _lead_from(extents, contents[old], contents[new])
+            for start, stop in _units(certain, node.header.subcluster_size):
+                assert contents[old][start:stop] != contents[new][start:stop]
+
+
+def _lead_from(extents: Sequence[ChangedExtent], old: bytes, new: bytes) -> None:
+    """The older state becomes the newer if it gets the extents, and they are what they are said to be."""
+    both, largest = min(len(old), len(new)), max(len(old), len(new))
+    rebuilt, position = bytearray(old[: len(new)]), 0
+    for offset, length, change in extents:
+        assert offset >= position
+        assert length > 0
+        position = offset + length
+        rebuilt[offset:position] = new[offset:position]
+        if change is Change.SIZE:
+            assert (offset, position) == (both, largest)
+        elif change is not Change.DATA:
+            zeros = new if change is Change.BECAME_ZERO else old
+            assert zeros.count(0, offset, position) == length
+    assert rebuilt == new
+
+
+def _units(extents: Sequence[ChangedExtent], unit: int) -> Iterator[tuple[int, int]]:
+    """The units, or parts of units, that extents inside both states are made of."""
+    for extent in extents:
+        start = extent.offset
+        while start < extent.end and extent.change is not Change.SIZE:
+            stop = min(start + unit - start % unit, extent.end)
+            yield start, stop
+            start = stop
 
 
 def digest(file: io.RawIOBase) -> str:

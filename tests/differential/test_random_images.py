@@ -136,7 +136,7 @@ def epochs() -> st.SearchStrategy[list[Step]]:
 
 
 def agrees(plan: Plan) -> None:
-    """List, maps, contents and VM states of one image."""
+    """List, maps, contents, VM states and differences of one image."""
     with tempfile.TemporaryDirectory() as directory:
         image = plan.build(Path(directory))
         judge.lists_agree(image.path)
@@ -144,6 +144,7 @@ def agrees(plan: Plan) -> None:
         left_out = judge.snapshot_maps_agree(image.path)
         assert not left_out or plan.backing != "none"
         judge.image_holds(image)
+        judge.diffs_agree(image.path, [image.active.read(), *(reference.read() for reference in image.references)])
 
 
 EXAMPLES = settings(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)

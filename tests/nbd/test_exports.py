@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcow2snap.block.node import BlockNode, Buffer, Extent, SnapshotAccess, SnapshotInfo, SnapshotNotFound
+from qcow2snap.block.node import (
+    BlockNode,
+    Buffer,
+    ChangedExtent,
+    Extent,
+    SnapshotAccess,
+    SnapshotInfo,
+    SnapshotNotFound,
+)
 from qcow2snap.nbd.export import Exports, exports_of
 from qcow2snap.nbd.strings import is_string
 
@@ -39,6 +47,11 @@ class TableNode(BlockNode, SnapshotAccess):
     def snapshot_block_status(
         self, snapshot: SnapshotInfo, offset: int, length: int, *, want_zero: bool = True
     ) -> Iterator[Extent]:
+        raise NotImplementedError
+
+    def changes(
+        self, since: SnapshotInfo | None, state: SnapshotInfo | None, offset: int = 0, length: int | None = None
+    ) -> Iterator[ChangedExtent]:
         raise NotImplementedError
 
     def vm_state(self, snapshot: SnapshotInfo) -> BlockNode:

@@ -5,8 +5,9 @@ Importing this and reading header and snapshot table stays cheap; numpy and the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from formats import qcow2 as layout
@@ -16,6 +17,7 @@ from qcow2snap.block.lru import BoundedCache
 from qcow2snap.block.node import (
     BlockNode,
     Buffer,
+    ChangedExtent,
     Extent,
     FileError,
     ImageFormatError,
@@ -25,9 +27,12 @@ from qcow2snap.block.node import (
 )
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.header import ImageHeader, judge_active_l1
+from qcow2snap.block.qcow2.l1 import read_l1
 from qcow2snap.block.qcow2.snapshot_table import SnapshotTable, TableEntry, read_snapshot_table
 
 if TYPE_CHECKING:
+    from qcow2snap.block.qcow2.changes import Comparison, State
+    from qcow2snap.block.qcow2.l2_changes import TableChanges
     from qcow2snap.block.qcow2.view import Image, L1Table, View
 
 TABLE_CACHE_SIZE = 32 << 20  # bytes of decoded L2 tables: 1 GiB of badly fragmented tables is about 16 MiB
@@ -65,6 +70,8 @@ class Qcow2Node(BlockNode, SnapshotAccess):
         self._has_children = has_children
         self._table_cache_size = table_cache_size
         self._cluster_cache_size = cluster_cache_size
+        self._comparisons: BoundedCache[tuple[SnapshotInfo | None, ...], Comparison] = BoundedCache(L1_CACHE_SIZE)
+        self._changed_tables: BoundedCache[tuple[int, int], TableChanges] = BoundedCache(table_cache_size)
         self._views: BoundedCache[int, View] = BoundedCache(L1_CACHE_SIZE)  # by position in the table; -1: active
 
     @property
@@ -129,6 +136,12 @@ class Qcow2Node(BlockNode, SnapshotAccess):
     def prefetch_snapshot(self, snapshot: SnapshotInfo, offset: int, length: int) -> None:
         self.view(snapshot).prefetch(offset, length)
 
+    def changes(
+        self, since: SnapshotInfo | None, state: SnapshotInfo | None, offset: int = 0, length: int | None = None
+    ) -> Iterator[ChangedExtent]:
+        comparison = self._comparison(since, state)
+        return comparison.changes(offset, comparison.size - offset if length is None else length)
+
     def pdiscard_snapshot(self, snapshot: SnapshotInfo, offset: int, length: int) -> None:
         """Nothing: an internal snapshot is not the reader's to punch."""
 
@@ -165,16 +178,57 @@ class Qcow2Node(BlockNode, SnapshotAccess):
         """The L1 table of a snapshot, or of the active disk. Read anew."""
         from qcow2snap.block.qcow2.view import load_l1
 
+        with self._naming_the_file():
+            return load_l1(self.file, *self._l1_place(snapshot))
+
+    def _l1_place(self, snapshot: SnapshotInfo | None) -> tuple[int, int]:
+        """Host offset and number of entries of an L1 table, judged."""
+        if snapshot is None:
+            judge_active_l1(self.header)
+            return self.header.l1_table_offset, self.header.l1_size
+        entry = self._entry(snapshot)
+        _judge_l1(entry, self.header)
+        return entry.l1_table_offset, entry.l1_size
+
+    @contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        """Around what reads tables: an error says which file it is about."""
         try:
-            if snapshot is None:
-                judge_active_l1(self.header)
-                return load_l1(self.file, self.header.l1_table_offset, self.header.l1_size)
-            entry = self._entry(snapshot)
-            _judge_l1(entry, self.header)
-            return load_l1(self.file, entry.l1_table_offset, entry.l1_size)
+            yield
         except ImageFormatError as error:
             error.filename = self.filename
             raise
+
+    def _comparison(self, since: SnapshotInfo | None, state: SnapshotInfo | None) -> Comparison:
+        """Two states side by side. Kept where the file cannot change: each BLOCK_STATUS of a client asks for it."""
+        pair = since, state
+        comparison = self._comparisons.get(pair)
+        if comparison is None:
+            from qcow2snap.block.qcow2.changes import Comparison, Shared
+
+            is_stable = self.file.stable
+            shared = Shared(
+                self.file, self.header, self.backing, self._changed_tables if is_stable else None, self._confirm(*pair)
+            )
+            with self._naming_the_file():
+                comparison = Comparison(shared, self._state(since), self._state(state))
+            if is_stable:
+                self._comparisons.put(pair, comparison, comparison.nbytes)
+        return comparison
+
+    def _state(self, snapshot: SnapshotInfo | None) -> State:
+        from qcow2snap.block.qcow2.changes import State
+
+        size = self.size if snapshot is None else snapshot.size
+        return State(size, read_l1(self.file, *self._l1_place(snapshot)), partial(self.view, snapshot))
+
+    def _confirm(self, *states: SnapshotInfo | None) -> Callable[[], None]:
+        def confirm() -> None:
+            for snapshot in states:
+                if snapshot is not None:
+                    self.confirm_snapshot(snapshot)
+
+        return confirm
 
     def _entry(self, snapshot: SnapshotInfo) -> TableEntry:
         entries = self.snapshot_table.entries

@@ -31,6 +31,7 @@ from qcow2snap.block.node import (
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.compressed import CompressedClusters
 from qcow2snap.block.qcow2.header import ImageHeader
+from qcow2snap.block.qcow2.l1 import read_l1
 from qcow2snap.block.qcow2.l2 import HAS_HOST, Kind, L2Table, L2Tables
 from qcow2snap.block.qcow2.refcount import has_preallocated_metadata
 
@@ -337,9 +338,4 @@ class View(BlockNode):
 
 def load_l1(file: FileNode, host_offset: int, nb_entries: int) -> L1Table:
     """Read an L1 table, whose place and size have been judged. Not in the file: ImageFormatError."""
-    data = file.pread_available(host_offset, 8 * nb_entries)
-    if len(data) < 8 * nb_entries:
-        raise rules.L1_COMPLETE.broken(
-            host_offset, f"the L1 table at {host_offset:#x} reaches beyond the end of the file"
-        )
-    return L1Table(host_offset, data)
+    return L1Table(host_offset, read_l1(file, host_offset, nb_entries))

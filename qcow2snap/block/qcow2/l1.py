@@ -1,0 +1,16 @@
+"""Reading L1 tables: bytes of the file, whole or an error. What their entries mean is for those who ask for them."""
+
+from __future__ import annotations
+
+from qcow2snap.block.file import FileNode
+from qcow2snap.block.qcow2 import rules
+
+
+def read_l1(file: FileNode, host_offset: int, nb_entries: int) -> bytes:
+    """An L1 table, whose place and size have been judged. Not in the file: ImageFormatError."""
+    data = file.pread_available(host_offset, 8 * nb_entries)
+    if len(data) < 8 * nb_entries:
+        raise rules.L1_COMPLETE.broken(
+            host_offset, f"the L1 table at {host_offset:#x} reaches beyond the end of the file"
+        )
+    return data
