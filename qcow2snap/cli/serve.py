@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import signal
+import os
 import sys
 
 import click
@@ -12,7 +12,9 @@ from formats.nbd import NBD_PORT
 from qcow2snap.block.graph import OpenOptions
 from qcow2snap.cli import options
 from qcow2snap.nbd.export import exports_of
-from qcow2snap.nbd.server import Listener, Server, listen_tcp, listen_unix
+from qcow2snap.nbd.listen import Listener, listen_tcp, listen_unix
+from qcow2snap.nbd.server import Server
+from qcow2snap.nbd.service import Offer, run, signals_held
 
 # Bytes of URIs that are printed at most: half of what a pipe holds, so that nobody has to read for us to go on.
 _MAX_URIS = 1 << 15
@@ -25,6 +27,12 @@ _MAX_URIS = 1 << 15
 @click.option("-b", "--bind", "host", metavar="ADDR", help="Listen on a TCP address.  [default: 127.0.0.1]")
 @click.option("-p", "--port", type=click.IntRange(0, 65535), help=f"TCP port; 0: any.  [default: {NBD_PORT}]")
 @options.opening_options
+@click.option(
+    "--workers",
+    type=click.IntRange(0, 256),
+    metavar="N",
+    help="Processes that serve; 0 or 1: threads of this one.  [default: one for each processor]",
+)
 @click.option("--max-connections", type=click.IntRange(1), default=512, show_default=True, metavar="N")
 @click.option(
     "--handshake-timeout",
@@ -41,6 +49,7 @@ def command(
     host: str | None,
     port: int | None,
     opening: OpenOptions,
+    workers: int | None,
     max_connections: int,
     handshake_timeout: float,
 ) -> None:
@@ -53,19 +62,28 @@ def command(
     if path is not None and (host is not None or port is not None):
         raise click.UsageError("-k/--socket goes with neither -b/--bind nor -p/--port.")
     logging.basicConfig(format="qcow2snap: %(message)s", level=logging.WARNING)
-    node = options.open_for(image, opening)
-    try:
-        exports = exports_of(node, snapshot=snapshot, active=not opening.force_share)
-        # Every thread inherits this mask, so that the signals that end us wait here for `sigwait`.
-        signals = {signal.SIGINT, signal.SIGTERM}
-        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+    def open_offer() -> Offer:
+        node = options.open_for(image, opening)
+        try:
+            return Offer(exports_of(node, snapshot=snapshot, active=not opening.force_share), node.close)
+        except BaseException:
+            node.close()
+            raise
+
+    offer = open_offer()
+    with signals_held():
         listener = listen_unix(path) if path else listen_tcp(host or "127.0.0.1", NBD_PORT if port is None else port)
-        names = [export.name for export in exports]
-        with Server(exports, [listener], max_connections=max_connections, handshake_timeout=handshake_timeout):
-            _print_uris(listener, names)
-            signal.sigwait(signals)
-    finally:
-        node.close()
+        server = Server(
+            offer.exports,
+            [listener],
+            max_connections=max_connections,
+            handshake_timeout=handshake_timeout,
+            workers=len(os.sched_getaffinity(0)) if workers is None else workers,
+            close=offer.close,
+        )
+        server.call_soon(lambda: _print_uris(listener, [export.name for export in offer.exports]))
+        run(server, open_offer)
 
 
 def _print_uris(listener: Listener, names: list[str]) -> None:

@@ -40,10 +40,12 @@ class Connection:
         self._exports = exports
         self._handshake_timeout = handshake_timeout
         self._stopping = False
+        self.has_chosen = False  # an export: it was no client that only looked
 
     def run(self) -> None:
         try:
             if agreement_and_unused := self._negotiate():
+                self.has_chosen = True
                 self._transmit(*agreement_and_unused)
         except (NBDError, CutOff) as error:
             logger.warning("%s: cut off: %s", self._peer, error)

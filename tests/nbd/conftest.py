@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from qcow2snap.nbd.export import Exports
-from qcow2snap.nbd.server import Server, listen_unix
+from qcow2snap.nbd.listen import listen_unix
+from qcow2snap.nbd.server import Server
 from tests.nbd.support import NewNode, PatchworkNode, Serve
 
 

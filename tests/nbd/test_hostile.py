@@ -449,13 +449,17 @@ def test_a_server_without_descriptors_serves_on_and_recovers(image: Image, tmp_p
             for _ in range(60):
                 connections.enter_context(target.dial())
             honest.reads_on()
-        with target.dial() as sock:
-            assert target.reading(sock)
+            assert until(lambda: "could not be accepted" in target.log.read_text())
+
+        def is_served() -> bool:
+            with target.dial() as sock:
+                return bool(sock.recv(18))
+
+        assert until(is_served)
         honest.reads_on()
     finally:
         honest.leave()
         assert target.serving.stop() == 0
-    assert "could not be accepted" in target.log.read_text()
 
 
 def test_connections_that_are_reset_over_tcp_leave_nothing_behind(image: Image, tmp_path: Path) -> None:

@@ -24,10 +24,15 @@ NewImage = Callable[..., Image]
 class Serving:
     """A `qcow2snap serve` that has printed its URIs."""
 
-    def __init__(self, *arguments: str | Path, stderr: int | IO[bytes] = subprocess.PIPE) -> None:
+    def __init__(
+        self, *arguments: str | Path, stderr: int | IO[bytes] = subprocess.PIPE, process_group: int | None = None
+    ) -> None:
         command = [sys.executable, "-m", "qcow2snap", "serve", *map(str, arguments)]
         env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, env=env)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, env=env, process_group=process_group
+        )
+        self.stderr = ""  # once it has ended
         assert self.process.stdout is not None
         printed = os.read(self.process.stdout.fileno(), 1 << 16)  # all at once, and flushed
         if not printed:
@@ -36,7 +41,7 @@ class Serving:
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        self.process.communicate(timeout=20)
+        self.stderr = (self.process.communicate(timeout=20)[1] or b"").decode()
         return self.process.returncode
 
 

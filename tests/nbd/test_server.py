@@ -17,7 +17,8 @@ from formats import nbd
 from formats.nbd import OptionType
 from qcow2snap.block.node import FileError
 from qcow2snap.nbd.framing import SIMPLE_REPLIES, STRUCTURED_REPLIES
-from qcow2snap.nbd.server import Server, listen_tcp, listen_unix
+from qcow2snap.nbd.listen import listen_tcp, listen_unix
+from qcow2snap.nbd.server import Server
 from tests.nbd.support import NewNode, Serve, ZeroNode, exports, run
 from tests.nbd.wire import handshake, packed, read
 from tests.support import require
