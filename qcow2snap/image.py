@@ -30,7 +30,8 @@ def open(  # noqa: A001  # as in tarfile, zipfile and wave
 ) -> Image:
     """Open a qcow2 image for reading.
 
-    force_share    read it although a VM has it open; only snapshots are then sure not to change
+    force_share    read it although a VM has it open; snapshots are read right, or raise SnapshotGone once they are
+                   deleted; the active disk is changing
     allow_paths    directories whose files the image may name as backing or data file, besides its own directory
     l2_cache_size  bytes of decoded L2 tables to keep
     Raises ImageFormatError, UnsupportedFeature, ImageInUse, ReferenceRefused, FileError.
@@ -141,6 +142,10 @@ class Image:
 
         unit = self.node.header.subcluster_size
         return verified(changes, older.node, self.node if newer is None else newer.node, unit)
+
+    def refresh(self) -> bool:
+        """Look for snapshots that were made or deleted since; tells whether there are any. For `force_share`."""
+        return self.node.refresh()
 
     def close(self) -> None:
         self.node.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -47,6 +48,8 @@ class FileNode(BlockNode):
             self.stable = locking is not Locking.NONE and lock_for_reading(
                 self._fd, filename, data=locking is Locking.DATA
             )
+            # What others write past the page cache, asynchronously, does not show in a block device's.
+            self._drops_cache = self.is_block_device and not self.stable
         except OSError as error:
             os.close(self._fd)
             raise _file_error(filename, error) from None
@@ -77,6 +80,8 @@ class FileNode(BlockNode):
     def preadv_available(self, offset: int, buffers: Sequence[Buffer]) -> int:
         """Fill the buffers as far as the file reaches, the rest with zeros; returns the number of these zeros."""
         views = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        if self._drops_cache:
+            self._drop_cache(offset, sum(map(len, views)))
         while views:
             try:
                 count = os.preadv(self._fd, views[:_IOV_MAX], offset)
@@ -104,6 +109,8 @@ class FileNode(BlockNode):
         """Up to `length` bytes at `offset`, fewer where the file ends. Allocates no more than there is, or 2 MiB."""
         if length > _UNCHECKED or offset > _LAST_OFFSET:
             length = min(length, max(0, self.current_size() - offset))
+        if self._drops_cache:
+            self._drop_cache(offset, length)
         data = b""
         while len(data) < length:
             try:
@@ -114,6 +121,11 @@ class FileNode(BlockNode):
                 break
             data = data + more if data else more
         return data
+
+    def _drop_cache(self, offset: int, length: int) -> None:
+        """Make the next read of a range see what is on the device."""
+        start = offset - offset % mmap.PAGESIZE
+        os.posix_fadvise(self._fd, start, offset + length - start + mmap.PAGESIZE, os.POSIX_FADV_DONTNEED)
 
     def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Iterator[Extent]:
         """Holes of the file as zeros, found with SEEK_DATA where it has that (QEMU raw_co_block_status)."""

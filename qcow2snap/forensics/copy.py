@@ -112,6 +112,7 @@ class _SparseCopy:
     def batch(self, batch: list[Range]) -> None:
         for part in batch:
             if part.is_shared and self._share(part.extents[0]):
+                self._node.confirm()
                 continue
             for offset, length in _pieces(part.offset, part.length, BATCH_SIZE):
                 self._copy(offset, length, part.extents if length == part.length else ())
@@ -125,6 +126,8 @@ class _SparseCopy:
         data = buffer[:length]
         if not (extents and all(_read_verbatim(extent, data[extent.offset - offset :]) for extent in extents)):
             self.holes += _read(self._node, offset, data, self._skip_damaged)
+        else:
+            self._node.confirm()
         position = offset - self._base
         while data:
             count = os.pwrite(self._fd, data[:WRITE_SIZE], position)

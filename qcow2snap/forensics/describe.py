@@ -19,7 +19,7 @@ from formats.qcow2 import (
     IncompatibleFeature,
 )
 from qcow2snap.block.graph import Link
-from qcow2snap.block.node import ImageFormatError, SnapshotInfo
+from qcow2snap.block.node import ImageFormatError, SnapshotGone, SnapshotInfo
 from qcow2snap.block.qcow2.bitmaps import read_bitmap_directory
 from qcow2snap.block.qcow2.driver import Qcow2Node
 from qcow2snap.block.qcow2.header import as_text, feature_names
@@ -175,7 +175,7 @@ def sharing(node: Qcow2Node) -> list[dict[str, Any]]:
         fields: dict[str, Any] = {} if state is None else {"id": state.id, "name": state.name}
         try:
             tables.append({offset for offset in node.l1_table(state).offsets if offset})
-        except ImageFormatError as error:
+        except (ImageFormatError, SnapshotGone) as error:
             tables.append(set())
             fields["error"] = str(error)
         result.append(fields)

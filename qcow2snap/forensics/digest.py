@@ -103,6 +103,7 @@ def _read_window(views: Sequence[View], start: int) -> Iterator[tuple[int, memor
         units = tuple(_units(view, start, length))
         if units not in windows_read:
             windows_read[units] = _assemble(view, start, length, units, units_read)
+        view.confirm()  # what another view has read is right for this one if this one's snapshot still stands
         yield index, windows_read[units]
 
 

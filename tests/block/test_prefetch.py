@@ -90,7 +90,7 @@ def test_a_hint_never_takes_more_than_half_of_the_cache(new_image: NewImage, cou
 def test_damage_is_told_to_the_reader_not_to_who_asks_ahead(new_image: NewImage) -> None:
     path = compressed_image(new_image, 2)
     node = graph.open_image(str(path))
-    host_offset, length = node._image.compressed.host_range(next(node.view(None).mappings(CLUSTER, 1)).host)
+    host_offset, length = node._epoch.image.compressed.host_range(next(node.view(None).mappings(CLUSTER, 1)).host)
     with path.open("r+b") as file:
         file.seek(host_offset)
         file.write(b"\xff" * length)

@@ -6,11 +6,11 @@ Importing this and reading header and snapshot table stays cheap; numpy and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
-from formats import qcow2 as layout
 from formats.qcow2 import CryptMethod, IncompatibleFeature
 from qcow2snap.block.file import FileNode
 from qcow2snap.block.lru import BoundedCache
@@ -20,15 +20,15 @@ from qcow2snap.block.node import (
     ChangedExtent,
     Extent,
     FileError,
-    ImageFormatError,
+    ImageInUse,
     SnapshotAccess,
     SnapshotInfo,
     SnapshotNotFound,
 )
-from qcow2snap.block.qcow2 import rules
-from qcow2snap.block.qcow2.header import ImageHeader, judge_active_l1
-from qcow2snap.block.qcow2.l1 import read_l1
-from qcow2snap.block.qcow2.snapshot_table import SnapshotTable, TableEntry, read_snapshot_table
+from qcow2snap.block.qcow2.epoch import L1_CACHE_SIZE, Epoch
+from qcow2snap.block.qcow2.header import ImageHeader, read_header
+from qcow2snap.block.qcow2.in_use import is_same_snapshot, look_at_table, pointing
+from qcow2snap.block.qcow2.snapshot_table import SnapshotTable
 
 if TYPE_CHECKING:
     from qcow2snap.block.qcow2.changes import Comparison, State
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 TABLE_CACHE_SIZE = 32 << 20  # bytes of decoded L2 tables: 1 GiB of badly fragmented tables is about 16 MiB
 CLUSTER_CACHE_SIZE = 32 << 20  # bytes of decompressed clusters
-L1_CACHE_SIZE = 64 << 20  # bytes; the largest L1 table takes 48 MiB
 
 
 class Qcow2Node(BlockNode, SnapshotAccess):
@@ -47,6 +46,8 @@ class Qcow2Node(BlockNode, SnapshotAccess):
     threads  any; tables and clusters that one has decoded serve all
     errors   ImageFormatError when built, for a header that cannot be read; and when read. Damage of the snapshot table
              is no error but `snapshot_table.damage`
+    in use   where `file` is not stable, snapshots are read as in_use says: right, or SnapshotGone. refresh() finds new
+             ones. The active disk may be changing, and is read as it happens to be
     owns     file, data_file and backing: they are closed with it
     source   QEMU block/qcow2.c; snapshots: qcow2-snapshot.c, which gives them the size of the active disk
     """
@@ -72,19 +73,19 @@ class Qcow2Node(BlockNode, SnapshotAccess):
         self._cluster_cache_size = cluster_cache_size
         self._comparisons: BoundedCache[tuple[SnapshotInfo | None, ...], Comparison] = BoundedCache(L1_CACHE_SIZE)
         self._changed_tables: BoundedCache[tuple[int, int], TableChanges] = BoundedCache(table_cache_size)
-        self._views: BoundedCache[int, View] = BoundedCache(L1_CACHE_SIZE)  # by position in the table; -1: active
+        self.must_confirm_snapshots = not file.stable
+        self._refreshing = Lock()
+        self._images: WeakSet[Image] = WeakSet()  # of all epochs: their caches may be reading ahead
+        self._epoch = self._look() if self.must_confirm_snapshots else Epoch(file, header, self._new_image)
 
     @property
     def filename(self) -> str:
         return self.file.filename
 
-    @cached_property
+    @property
     def snapshot_table(self) -> SnapshotTable:
         """The table as far as it can be read."""
-        table = read_snapshot_table(self.file, self.header)
-        if table.damage is not None:
-            table.damage.filename = self.filename
-        return table
+        return self._epoch.table
 
     @property
     def warnings(self) -> list[str]:
@@ -114,8 +115,8 @@ class Qcow2Node(BlockNode, SnapshotAccess):
         self.view(None).prefetch(offset, length)
 
     def close(self) -> None:
-        if "_image" in self.__dict__:  # something was read
-            self._image.compressed.close()
+        for image in list(self._images):
+            image.compressed.close()
         for node in (self.backing, self.data_file, self.file):
             if node is not None:
                 node.close()
@@ -127,6 +128,14 @@ class Qcow2Node(BlockNode, SnapshotAccess):
 
     def preadv_snapshot(self, snapshot: SnapshotInfo, offset: int, buffers: Sequence[Buffer]) -> None:
         self.view(snapshot).preadv(offset, buffers)
+
+    def preadv_snapshot_unconfirmed(self, snapshot: SnapshotInfo, offset: int, buffers: Sequence[Buffer]) -> None:
+        self.view(snapshot).preadv_unconfirmed(offset, buffers)
+
+    def confirm_snapshot(self, snapshot: SnapshotInfo) -> None:
+        epoch = self._epoch
+        if watch := epoch.watch(epoch.entry(snapshot)):
+            watch.confirm()
 
     def snapshot_block_status(
         self, snapshot: SnapshotInfo, offset: int, length: int, *, want_zero: bool = True
@@ -146,58 +155,44 @@ class Qcow2Node(BlockNode, SnapshotAccess):
         """Nothing: an internal snapshot is not the reader's to punch."""
 
     def vm_state(self, snapshot: SnapshotInfo) -> View:
-        from qcow2snap.block.qcow2.view import View
-
         if not snapshot.vm_state_size:
             raise SnapshotNotFound(f"{self.filename}: snapshot {snapshot} has no VM state")
-        # Its place follows from the snapshot's own size; a backing file has nothing to say there.
-        return View(
-            self._image,
-            self.l1_table(snapshot),
-            start=self.header.vm_state_offset(snapshot.size),
-            size=snapshot.vm_state_size,
-            has_backing=False,
-        )
+        epoch = self._epoch
+        return epoch.vm_state(epoch.entry(snapshot))
+
+    def refresh(self) -> bool:
+        """As SnapshotAccess.refresh. Where the file holds another image by now: ImageInUse."""
+        if not self.must_confirm_snapshots:
+            return False
+        with self._refreshing:
+            if _encoding(read_header(self.file)) != _encoding(self.header):
+                raise ImageInUse(f"{self.filename}: has become another image; open it again")
+            last, epoch = self._epoch, self._look(self._epoch)
+            before, now = ([entry.raw for entry in each.table.entries] for each in (last, epoch))
+            if len(before) == len(now) and all(map(is_same_snapshot, before, now)):
+                return False
+            self._epoch = epoch
+            return True
+
+    def _look(self, last: Epoch | None = None) -> Epoch:
+        """What a look at the snapshot table finds now."""
+        look = look_at_table(self.file, self.header)
+        if last is not None:
+            look = look._replace(table=look.table._replace(entries=last.known(look.table.entries)))
+        self.header = pointing(self.header, look.pointer)
+        return Epoch(self.file, self.header, self._new_image, look)
 
     # -- views --------------------------------------------------------------------------------------------------------
 
     def view(self, snapshot: SnapshotInfo | None) -> View:
-        """The disk of a snapshot, or the active disk. Kept, since each small read asks for it."""
-        position = -1 if snapshot is None else self._entry(snapshot).info.position
-        view = self._views.get(position)
-        if view is None:
-            from qcow2snap.block.qcow2.view import View
-
-            l1 = self.l1_table(snapshot)
-            size = self.size if snapshot is None else snapshot.size
-            view = View(self._image, l1, start=0, size=size, has_backing=True)
-            self._views.put(position, view, l1.nbytes)
-        return view
+        """The disk of a snapshot, or the active disk."""
+        epoch = self._epoch
+        return epoch.view(None if snapshot is None else epoch.entry(snapshot), self.size)
 
     def l1_table(self, snapshot: SnapshotInfo | None) -> L1Table:
         """The L1 table of a snapshot, or of the active disk. Read anew."""
-        from qcow2snap.block.qcow2.view import load_l1
-
-        with self._naming_the_file():
-            return load_l1(self.file, *self._l1_place(snapshot))
-
-    def _l1_place(self, snapshot: SnapshotInfo | None) -> tuple[int, int]:
-        """Host offset and number of entries of an L1 table, judged."""
-        if snapshot is None:
-            judge_active_l1(self.header)
-            return self.header.l1_table_offset, self.header.l1_size
-        entry = self._entry(snapshot)
-        _judge_l1(entry, self.header)
-        return entry.l1_table_offset, entry.l1_size
-
-    @contextmanager
-    def _naming_the_file(self) -> Iterator[None]:
-        """Around what reads tables: an error says which file it is about."""
-        try:
-            yield
-        except ImageFormatError as error:
-            error.filename = self.filename
-            raise
+        epoch = self._epoch
+        return epoch.l1_table(None if snapshot is None else epoch.entry(snapshot))
 
     def _comparison(self, since: SnapshotInfo | None, state: SnapshotInfo | None) -> Comparison:
         """Two states side by side. Kept where the file cannot change: each BLOCK_STATUS of a client asks for it."""
@@ -210,8 +205,7 @@ class Qcow2Node(BlockNode, SnapshotAccess):
             shared = Shared(
                 self.file, self.header, self.backing, self._changed_tables if is_stable else None, self._confirm(*pair)
             )
-            with self._naming_the_file():
-                comparison = Comparison(shared, self._state(since), self._state(state))
+            comparison = Comparison(shared, self._state(since), self._state(state))
             if is_stable:
                 self._comparisons.put(pair, comparison, comparison.nbytes)
         return comparison
@@ -219,8 +213,11 @@ class Qcow2Node(BlockNode, SnapshotAccess):
     def _state(self, snapshot: SnapshotInfo | None) -> State:
         from qcow2snap.block.qcow2.changes import State
 
-        size = self.size if snapshot is None else snapshot.size
-        return State(size, read_l1(self.file, *self._l1_place(snapshot)), partial(self.view, snapshot))
+        epoch = self._epoch
+        entry = None if snapshot is None else epoch.entry(snapshot)
+        return State(
+            self.size if entry is None else entry.info.size, epoch.read_l1(entry).data, partial(self.view, snapshot)
+        )
 
     def _confirm(self, *states: SnapshotInfo | None) -> Callable[[], None]:
         def confirm() -> None:
@@ -230,21 +227,15 @@ class Qcow2Node(BlockNode, SnapshotAccess):
 
         return confirm
 
-    def _entry(self, snapshot: SnapshotInfo) -> TableEntry:
-        entries = self.snapshot_table.entries
-        if snapshot.position < len(entries) and entries[snapshot.position].info == snapshot:
-            return entries[snapshot.position]
-        raise SnapshotNotFound(f"{self.filename}: snapshot {snapshot} is not in the table")
-
-    @cached_property
-    def _image(self) -> Image:
+    def _new_image(self) -> Image:
+        """What views share, with caches of their own."""
         from qcow2snap.block.qcow2.compressed import CompressedClusters
         from qcow2snap.block.qcow2.l2 import L2Tables
         from qcow2snap.block.qcow2.view import Image
 
         if not self._has_children:
             raise FileError(f"{self.filename}: opened to be described, not to be read")
-        return Image(
+        image = Image(
             header=self.header,
             file=self.file,
             data_file=self.data_file or self.file,
@@ -253,14 +244,12 @@ class Qcow2Node(BlockNode, SnapshotAccess):
             backing=self.backing,
             is_encrypted=self.header.crypt_method != CryptMethod.NONE,
         )
+        self._images.add(image)
+        return image
 
 
-def _judge_l1(entry: TableEntry, header: ImageHeader) -> None:
-    """The rules for a snapshot's L1 table; those for the active one are the header's."""
-    offset, where = entry.l1_table_offset, entry.info.host_offset
-    if offset % header.cluster_size:
-        what = f"the L1 table of snapshot {entry.info} is at {offset:#x}, not a cluster boundary"
-        raise rules.SNAPSHOT_L1_OFFSET.broken(where, what)
-    if entry.l1_size * 8 > layout.MAX_L1_TABLE_SIZE:
-        what = f"the L1 table of snapshot {entry.info} has {entry.l1_size} entries, more than 32 MiB"
-        raise rules.SNAPSHOT_L1_OFFSET.broken(where + 8, what)
+def _encoding(header: ImageHeader) -> tuple[object, ...]:
+    """What a running VM never changes: how the image's tables and clusters are to be read."""
+    passing = IncompatibleFeature.DIRTY | IncompatibleFeature.CORRUPT
+    features = int(header.incompatible_features) & ~int(passing)
+    return header.cluster_bits, header.crypt_method, features, header.compression_type

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from formats import qcow2 as layout
@@ -10,7 +11,7 @@ from qcow2snap.block.node import ImageFormatError, SnapshotInfo
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.header import ImageHeader, as_text
 
-_READ_SIZE = 1 << 20
+_READ_SIZE = 1 << 16
 _VARIABLE_SIZES = (12, 14), (14, 16), (36, 40)  # where id_str_size, name_size and extra_data_size stand
 
 
@@ -33,41 +34,56 @@ class SnapshotTable(NamedTuple):
 def read_snapshot_table(file: FileNode, header: ImageHeader) -> SnapshotTable:
     """Read the table entry by entry, up to its end or to the first that is no entry. Raises FileError only."""
     entries: list[TableEntry] = []
-    window = _Window(file)
-    position = header.snapshots_offset
     try:
-        if header.nb_snapshots and position % header.cluster_size:
-            raise rules.HEADER_SNAPSHOTS.broken(64, f"the snapshot table is at {position:#x}, not a cluster boundary")
-        for index in range(header.nb_snapshots):
-            if index == layout.MAX_SNAPSHOTS:
-                raise rules.HEADER_SNAPSHOTS.broken(60, f"{header.nb_snapshots} snapshots are more than {index}")
-            entries.append(_read_entry(window, header, position, index))
-            position += len(entries[-1].raw)
+        for position, raw in raw_entries(file, header):
+            entries.append(_parse(raw, header, len(entries), position))
     except ImageFormatError as damage:
         return SnapshotTable(tuple(entries), damage)
     return SnapshotTable(tuple(entries))
 
 
-def _read_entry(window: _Window, header: ImageHeader, position: int, index: int) -> TableEntry:
+def raw_entries(file: FileNode, header: ImageHeader) -> Iterator[tuple[int, bytes]]:
+    """Where each entry starts in the file, and its bytes, padding and all. Not an entry: ImageFormatError."""
+    window = _Window(file)
+    position = header.snapshots_offset
+    if header.nb_snapshots and position % header.cluster_size:
+        raise rules.HEADER_SNAPSHOTS.broken(64, f"the snapshot table is at {position:#x}, not a cluster boundary")
+    for index in range(header.nb_snapshots):
+        if index == layout.MAX_SNAPSHOTS:
+            raise rules.HEADER_SNAPSHOTS.broken(60, f"{header.nb_snapshots} snapshots are more than {index}")
+        raw = _read_entry(window, header, position, index)
+        yield position, raw
+        position += len(raw)
+
+
+def used_size(raw: bytes) -> int:
+    """Bytes of an entry without its padding, from its first SNAPSHOT_HEADER_LENGTH bytes."""
+    return layout.SNAPSHOT_HEADER_LENGTH + sum(int.from_bytes(raw[a:b], "big") for a, b in _VARIABLE_SIZES)
+
+
+def _read_entry(window: _Window, header: ImageHeader, position: int, index: int) -> bytes:
     what = f"snapshot {index + 1} of {header.nb_snapshots}"
     fixed = window.read(position, layout.SNAPSHOT_HEADER_LENGTH)
     if len(fixed) < layout.SNAPSHOT_HEADER_LENGTH:
         raise rules.SNAPSHOT_COMPLETE.broken(position, f"the file ends within the table entry of {what}")
     if not any(fixed):  # an L1 table cannot be where the header is
         raise rules.SNAPSHOT_L1_OFFSET.broken(position, f"the table entry of {what} is all zeros; it has been lost")
-    id_str_size, name_size, extra_data_size = (int.from_bytes(fixed[a:b], "big") for a, b in _VARIABLE_SIZES)
+    extra_data_size = int.from_bytes(fixed[36:40], "big")
     if extra_data_size > layout.MAX_SNAPSHOT_EXTRA_DATA_SIZE:
         raise rules.SNAPSHOT_EXTRA_DATA.broken(
             position + 36, f"{what} has {extra_data_size} bytes of extra data, more than 1024"
         )
-    used = layout.SNAPSHOT_HEADER_LENGTH + extra_data_size + id_str_size + name_size
+    used = used_size(fixed)
     length = used + -used % 8
     if position + length - header.snapshots_offset > layout.MAX_SNAPSHOT_TABLE_SIZE:
         raise rules.SNAPSHOT_TABLE_SIZE.broken(position, f"with {what} the snapshot table exceeds 64 MiB")
     raw = window.read(position, length)
     if len(raw) < used:
         raise rules.SNAPSHOT_COMPLETE.broken(position, f"the file ends within the table entry of {what}")
-    raw = raw.ljust(length, b"\0")  # the padding of the last entry need not be in the file
+    return raw.ljust(length, b"\0")  # the padding of the last entry need not be in the file
+
+
+def _parse(raw: bytes, header: ImageHeader, index: int, position: int) -> TableEntry:
     fields = layout.SnapshotTableEntry.parse(raw)
     large = fields.vm_state_size_large
     info = SnapshotInfo(

@@ -31,11 +31,13 @@ from qcow2snap.block.node import (
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.compressed import CompressedClusters
 from qcow2snap.block.qcow2.header import ImageHeader
-from qcow2snap.block.qcow2.l1 import read_l1
+from qcow2snap.block.qcow2.in_use import SnapshotWatch
 from qcow2snap.block.qcow2.l2 import HAS_HOST, Kind, L2Table, L2Tables
 from qcow2snap.block.qcow2.refcount import has_preallocated_metadata
 
 _L1_OFFSET = L1TableEntry.mask("offset")
+
+_CONFIRMED_AT_ONCE = 256  # extents: who wants one waits for no more than these
 
 # Operations on flags cost a microsecond each: these are made once.
 _ALLOCATED_DATA = Status.DATA | Status.ALLOCATED
@@ -94,7 +96,7 @@ class Mapping(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Image:
     """What all views of one image share."""
 
@@ -118,15 +120,20 @@ class View(BlockNode):
     size     bytes; the state's own
     threads  any
     errors   OutOfRange; ImageFormatError, UnsupportedFeature (encrypted), FileError when read
+             and of a snapshot with a `watch`, SnapshotGone: what was wrong otherwise may then have been a race
     owns     nothing
     """
 
-    def __init__(self, image: Image, l1: L1Table, *, start: int, size: int, has_backing: bool) -> None:
+    def __init__(
+        self, image: Image, l1: L1Table, *, start: int, size: int, has_backing: bool, watch: SnapshotWatch | None = None
+    ) -> None:
         self._image = image
         self._l1 = l1
         self._start = start
         self.size = size
         self._backing = image.backing if has_backing else None
+        self._watch = watch  # of a snapshot in an image that others may write
+        self.must_confirm = watch is not None
 
     # -- mapping ------------------------------------------------------------------------------------------------------
 
@@ -170,9 +177,42 @@ class View(BlockNode):
 
     def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Iterator[Extent]:
         self.check_range(offset, length)
-        return merged(self._extents(offset, length, want_zero))
+        extents = merged(self._extents(offset, length, want_zero))
+        return extents if self._watch is None else self._confirmed(extents)
 
     def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self.preadv_unconfirmed(offset, buffers)
+        self.confirm()
+
+    def preadv_unconfirmed(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        try:
+            self._preadv(offset, buffers)
+        except Qcow2SnapError:
+            self.confirm()
+            raise
+
+    def confirm(self) -> None:
+        if self._watch is not None:
+            self._watch.confirm()
+
+    def _confirmed(self, extents: Iterator[Extent]) -> Iterator[Extent]:
+        """These extents, none given out before the snapshot was found again."""
+        batch: list[Extent] = []
+        try:
+            for extent in extents:
+                batch.append(extent)
+                if len(batch) == _CONFIRMED_AT_ONCE:
+                    self.confirm()
+                    yield from batch
+                    batch = []
+        except Qcow2SnapError:
+            self.confirm()
+            yield from batch
+            raise
+        self.confirm()
+        yield from batch
+
+    def _preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
         cursor = Cursor(buffers)
         self.check_range(offset, cursor.remaining)
         if self._image.is_encrypted:
@@ -334,8 +374,3 @@ class View(BlockNode):
         error.filename = self._image.file.filename
         error.guest_range = (offset, length)
         return error
-
-
-def load_l1(file: FileNode, host_offset: int, nb_entries: int) -> L1Table:
-    """Read an L1 table, whose place and size have been judged. Not in the file: ImageFormatError."""
-    return L1Table(host_offset, read_l1(file, host_offset, nb_entries))
