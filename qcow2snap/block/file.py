@@ -1,4 +1,7 @@
-"""A regular file or block device of the host as a node. Opened read-only; knows nothing of what is in it."""
+"""A regular file or block device of the host as a node. Opened read-only; knows nothing of what is in it.
+
+Writing is `writable_file`'s.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from contextlib import suppress
 from enum import Enum
 
 from qcow2snap.block.image_lock import lock_for_reading
-from qcow2snap.block.node import BlockNode, Buffer, Extent, FileError, Status
+from qcow2snap.block.node import BlockNode, Buffer, Extent, FileError, NoSpace, Status
 
-_IOV_MAX = 1024  # buffers that one preadv takes
+IOV_MAX = 1024  # buffers that one preadv or pwritev takes
 _UNCHECKED = 2 << 20  # bytes that may be asked for without a look at what there is
 _LAST_OFFSET = (1 << 63) - (4 << 20)  # what the kernel takes as an offset, with a cluster behind it
 
@@ -34,9 +37,11 @@ class FileNode(BlockNode):
     errors   FileError; ImageInUse when opened
     """
 
+    _ACCESS = os.O_RDONLY
+
     def __init__(self, filename: str, *, locking: Locking = Locking.DATA) -> None:
         self.filename = filename
-        self._fd = _open(filename)
+        self._fd = _open(filename, self._ACCESS)
         try:
             status = os.fstat(self._fd)
             self.identity = (status.st_dev, status.st_ino)
@@ -45,17 +50,21 @@ class FileNode(BlockNode):
                 kind = "a directory" if stat.S_ISDIR(status.st_mode) else "no regular file or block device"
                 raise FileError(f"{filename}: is {kind}; give a disk image")
             self.size = self.current_size()
-            self.stable = locking is not Locking.NONE and lock_for_reading(
-                self._fd, filename, data=locking is Locking.DATA
-            )
+            self.stable = self._lock(locking)
             # What others write past the page cache, asynchronously, does not show in a block device's.
             self._drops_cache = self.is_block_device and not self.stable
         except OSError as error:
             os.close(self._fd)
-            raise _file_error(filename, error) from None
+            raise file_error(filename, error) from None
         except BaseException:
             os.close(self._fd)
             raise
+
+    def _lock(self, locking: Locking) -> bool:
+        """Whether the file cannot change while it is open."""
+        if locking is Locking.NONE:
+            return False
+        return lock_for_reading(self._fd, self.filename, data=locking is Locking.DATA)
 
     def fileno(self) -> int:
         return self._fd
@@ -65,7 +74,7 @@ class FileNode(BlockNode):
         try:
             return os.lseek(self._fd, 0, os.SEEK_END) if self.is_block_device else os.fstat(self._fd).st_size
         except OSError as error:
-            raise _file_error(self.filename, error) from None
+            raise file_error(self.filename, error) from None
 
     def allocated_size(self) -> int:
         """Bytes that the file takes on its file system."""
@@ -84,9 +93,9 @@ class FileNode(BlockNode):
             self._drop_cache(offset, sum(map(len, views)))
         while views:
             try:
-                count = os.preadv(self._fd, views[:_IOV_MAX], offset)
+                count = os.preadv(self._fd, views[:IOV_MAX], offset)
             except OSError as error:
-                raise _file_error(f"{self.filename}: read at byte {offset:#x}", error) from None
+                raise file_error(f"{self.filename}: read at byte {offset:#x}", error) from None
             if count == 0:
                 break
             offset += count
@@ -116,7 +125,7 @@ class FileNode(BlockNode):
             try:
                 more = os.pread(self._fd, length - len(data), offset + len(data))
             except OSError as error:
-                raise _file_error(f"{self.filename}: read at byte {offset:#x}", error) from None
+                raise file_error(f"{self.filename}: read at byte {offset:#x}", error) from None
             if not more:
                 break
             data = data + more if data else more
@@ -156,15 +165,17 @@ class FileNode(BlockNode):
             self._fd = -1
 
 
-def _open(filename: str) -> int:
+def _open(filename: str, access: int) -> int:
     try:
         # Without O_NONBLOCK, opening a FIFO would wait for a writer.
-        return os.open(filename, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return os.open(filename, access | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise _file_error(filename, error) from None
+        raise file_error(filename, error) from None
     except ValueError:  # a NUL byte in the name
         raise FileError(f"{filename!r}: not a file name") from None
 
 
-def _file_error(what: str, error: OSError) -> FileError:
-    return FileError(f"{what}: {os.strerror(error.errno or errno.EIO)}")
+def file_error(what: str, error: OSError) -> FileError:
+    """The operating system's refusal as one of ours."""
+    kind = NoSpace if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else FileError
+    return kind(f"{what}: {os.strerror(error.errno or errno.EIO)}")

@@ -17,6 +17,7 @@ from qcow2snap.block.qcow2.driver import CLUSTER_CACHE_SIZE, TABLE_CACHE_SIZE, Q
 from qcow2snap.block.qcow2.header import as_text, read_header
 from qcow2snap.block.raw import RawNode
 from qcow2snap.block.references import ReferencePolicy
+from qcow2snap.block.writable_file import WritableFileNode
 
 MAX_DEPTH = 200  # images in a chain; QEMU knows no bound but its stack
 _PROBE_SIZE = 2048  # bytes that decide a format: QEMU BLOCK_PROBE_BUF_SIZE
@@ -48,6 +49,13 @@ def open_image(filename: str, options: OpenOptions = OpenOptions(), *, with_chil
     Without `with_children` neither backing nor data file is opened: the image can be described, not read.
     """
     return _Opener(filename, options, with_children).qcow2(filename)
+
+
+def open_raw(filename: str, options: OpenOptions = OpenOptions(), *, writable: bool = False) -> RawNode:  # noqa: B008
+    """Open a raw image that the user names as one: what it holds is not looked at. close() of the node closes it."""
+    if writable:
+        return RawNode(WritableFileNode(filename))
+    return RawNode(FileNode(filename, locking=Locking.NONE if options.force_share else Locking.DATA))
 
 
 def backing_chain(filename: str, options: OpenOptions = OpenOptions()) -> list[Link]:  # noqa: B008

@@ -39,6 +39,15 @@ def lock_for_reading(fd: int, filename: str, *, data: bool) -> bool:
     somebody writes the image now.
     """
     used = [Permission.CONSISTENT_READ] if data else []
+    return _lock_all(fd, filename, used, "stop it, or read the image as it is with -U/--force-share")
+
+
+def lock_for_writing(fd: int, filename: str) -> bool:
+    """Say that we read and write, and refuse other writers and resizers, as a running VM does. Else as for reading."""
+    return _lock_all(fd, filename, [Permission.CONSISTENT_READ, Permission.WRITE], "stop it first")
+
+
+def _lock_all(fd: int, filename: str, used: list[Permission], advice: str) -> bool:
     unshared = [Permission.WRITE, Permission.RESIZE]
     try:
         for permission in used:
@@ -46,7 +55,7 @@ def lock_for_reading(fd: int, filename: str, *, data: bool) -> bool:
         for permission in unshared:
             _lock(fd, _UNSHARED_BASE + permission)
         held = [p for p in used if _is_locked(fd, _UNSHARED_BASE + p)]
-        held += [p for p in unshared if _is_locked(fd, _USED_BASE + p)]
+        held += [p for p in unshared if _is_locked(fd, _USED_BASE + p) and p not in held]
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             held = unshared
@@ -56,10 +65,7 @@ def lock_for_reading(fd: int, filename: str, *, data: bool) -> bool:
             raise
     if held:
         use = " and ".join(p.name.lower().replace("_", " ") for p in held)
-        raise ImageInUse(
-            f'{filename}: in use by another process (it holds QEMU\'s "{use}" lock); stop it, or read the image as it '
-            f"is with -U/--force-share"
-        )
+        raise ImageInUse(f'{filename}: in use by another process (it holds QEMU\'s "{use}" lock); {advice}')
     return True
 
 

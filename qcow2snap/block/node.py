@@ -145,10 +145,15 @@ class BlockNode(ABC):
     def pwritev(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self._refuse_to_write()
 
-    def pwrite_zeroes(self, offset: int, length: int, *, may_unmap: bool = False) -> None:
+    def pwrite_zeroes(self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False) -> None:
+        """Make a range read as zeros; with `may_unmap` its space may be given back.
+
+        With `no_fallback`, what could only be done by writing zeros is NotSupported instead, and changes nothing.
+        """
         self._refuse_to_write()
 
     def pdiscard(self, offset: int, length: int) -> None:
+        """Nobody needs the bytes of a range any more: its space may be given back, and what it reads as may change."""
         self._refuse_to_write()
 
     def flush(self) -> None:
@@ -292,6 +297,14 @@ class ReferenceRefused(Qcow2SnapError):
 
 class FileError(Qcow2SnapError):
     """The operating system refused: absent, no permission, an I/O error."""
+
+
+class NoSpace(FileError):
+    """A write found no room: the file system is full, or a quota or the size of a file is reached."""
+
+
+class NotSupported(Qcow2SnapError):
+    """The node cannot do what is asked in the way that is asked."""
 
 
 class OutOfRange(Qcow2SnapError):

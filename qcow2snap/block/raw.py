@@ -19,6 +19,7 @@ class RawNode(BlockNode):
 
     def __init__(self, file: FileNode, *, offset: int = 0, size: int | None = None) -> None:
         self.file = file
+        self.read_only = file.read_only
         self._offset = offset
         self.size = file.size - offset if size is None else size
         if offset < 0 or self.size < 0 or offset + self.size > file.size:
@@ -35,6 +36,21 @@ class RawNode(BlockNode):
         self.check_range(offset, length)
         for extent in self.file.block_status(self._offset + offset, length, want_zero=want_zero):
             yield extent._replace(offset=extent.offset - self._offset)
+
+    def pwritev(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self.check_range(offset, sum(map(len, buffers)))
+        self.file.pwritev(self._offset + offset, buffers)
+
+    def pwrite_zeroes(self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False) -> None:
+        self.check_range(offset, length)
+        self.file.pwrite_zeroes(self._offset + offset, length, may_unmap=may_unmap, no_fallback=no_fallback)
+
+    def pdiscard(self, offset: int, length: int) -> None:
+        self.check_range(offset, length)
+        self.file.pdiscard(self._offset + offset, length)
+
+    def flush(self) -> None:
+        self.file.flush()
 
     def close(self) -> None:
         self.file.close()

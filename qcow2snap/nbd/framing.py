@@ -91,7 +91,11 @@ class StructuredReplies(Framing):
 
 
 class ExtendedHeaders(StructuredReplies):
-    """Requests and chunks with lengths of 64 bits. Any request may have a payload, which a flag tells."""
+    """Requests and chunks with lengths of 64 bits. Any request may have a payload, which a flag tells.
+
+    A WRITE has one also without the flag, against the document: QEMU's client never sets it (10.0), and its server does
+    without it.
+    """
 
     extended = True
     request = nbd.EXTENDED_REQUEST
@@ -99,7 +103,7 @@ class ExtendedHeaders(StructuredReplies):
     data_header_size = nbd.EXTENDED_OFFSET_DATA_CHUNK.size
 
     def payload_length(self, flags: int, command: int, length: int) -> int:
-        return _bounded(length) if flags & CommandFlag.PAYLOAD_LEN else 0
+        return _bounded(length) if command == Command.WRITE or flags & CommandFlag.PAYLOAD_LEN else 0
 
     def chunk_header(self, flags: int, chunk_type: int, cookie: int, request_offset: int, length: int) -> bytes:
         magic = nbd.NBD_EXTENDED_REPLY_MAGIC

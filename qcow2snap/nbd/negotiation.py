@@ -27,6 +27,14 @@ PIECE = 1 << 16  # bytes of replies made at once, give or take one reply
 HANDSHAKE_FLAGS = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
 
 
+_WRITING = (
+    TransmissionFlag.SEND_FUA
+    | TransmissionFlag.SEND_TRIM
+    | TransmissionFlag.SEND_WRITE_ZEROES
+    | TransmissionFlag.SEND_FAST_ZERO
+)
+
+
 class Agreement(NamedTuple):
     """What client and server agreed on: how the transmission phase goes. A context's id is its index.
 
@@ -47,11 +55,13 @@ class Agreement(NamedTuple):
 
     @property
     def transmission_flags(self) -> TransmissionFlag:
-        """All features that this server has for the export, and no other."""
-        flags = TransmissionFlag.HAS_FLAGS | TransmissionFlag.READ_ONLY
+        """All features that this server has for the export, and no other.
+
+        Connections share the node, so what one flushes is all that was written: any number of them make one disk.
+        """
+        flags = TransmissionFlag.HAS_FLAGS | TransmissionFlag.CAN_MULTI_CONN
         flags |= TransmissionFlag.SEND_FLUSH | TransmissionFlag.SEND_CACHE
-        if self.node.read_only:
-            flags |= TransmissionFlag.CAN_MULTI_CONN
+        flags |= TransmissionFlag.READ_ONLY if self.node.read_only else _WRITING
         if self.structured_replies or self.extended_headers:
             flags |= TransmissionFlag.SEND_DF
         if self.extended_headers and self.contexts:

@@ -17,7 +17,16 @@ from construct import ConstructError
 
 from formats import nbd
 from formats.nbd import Command, CommandFlag, Errno
-from qcow2snap.block.node import Buffer, Extent, NBDError, OutOfRange, Qcow2SnapError, ReadOnly
+from qcow2snap.block.node import (
+    Buffer,
+    Extent,
+    NBDError,
+    NoSpace,
+    NotSupported,
+    OutOfRange,
+    Qcow2SnapError,
+    ReadOnly,
+)
 from qcow2snap.nbd.framing import SIMPLE_REPLIES, Framing, StructuredReplies
 from qcow2snap.nbd.negotiation import Agreement
 
@@ -181,14 +190,36 @@ class Answers:
         yield self._done(request)
 
     def _flush(self, request: Request, payload: Iterable[Buffer]) -> Iterator[bytes]:
-        if request.flags or request.offset or request.length:
-            raise Refused(Errno.EINVAL, "a flush has no flags, no offset and no length")
+        self._check(request, 0)
+        if request.offset or request.length:
+            raise Refused(Errno.EINVAL, "a flush has no offset and no length")
         self._node.flush()
         yield self._done(request)
 
     def _write(self, request: Request, payload: Iterable[Buffer]) -> Iterator[bytes]:
-        raise ReadOnly("this export is read-only: it cannot be written")
-        yield b""
+        self._check_write(request, CommandFlag.PAYLOAD_LEN if self._framing.extended else 0)
+        offset = request.offset
+        for piece in payload:
+            self._node.pwritev(offset, [piece])
+            offset += len(piece)
+        yield self._written(request)
+
+    def _write_zeroes(self, request: Request, payload: Iterable[Buffer]) -> Iterator[bytes]:
+        self._check_write(request, CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO)
+        may_unmap = not request.flags & CommandFlag.NO_HOLE
+        no_fallback = bool(request.flags & CommandFlag.FAST_ZERO)
+        self._node.pwrite_zeroes(request.offset, request.length, may_unmap=may_unmap, no_fallback=no_fallback)
+        yield self._written(request)
+
+    def _trim(self, request: Request, payload: Iterable[Buffer]) -> Iterator[bytes]:
+        self._check_write(request, 0, beyond=Errno.EINVAL)
+        self._node.pdiscard(request.offset, request.length)
+        yield self._written(request)
+
+    def _written(self, request: Request) -> bytes:
+        if request.flags & CommandFlag.FUA:
+            self._node.flush()
+        return self._done(request)
 
     def _disconnect(self, request: Request, payload: Iterable[Buffer]) -> Iterator[bytes]:
         yield from ()
@@ -198,16 +229,26 @@ class Answers:
         Command.WRITE: _write,
         Command.DISC: _disconnect,
         Command.FLUSH: _flush,
-        Command.TRIM: _write,
+        Command.TRIM: _trim,
         Command.CACHE: _cache,
-        Command.WRITE_ZEROES: _write,
+        Command.WRITE_ZEROES: _write_zeroes,
         Command.BLOCK_STATUS: _block_status,
     }
 
     def _check(self, request: Request, allowed_flags: int) -> None:
+        if not self._node.read_only:
+            allowed_flags |= CommandFlag.FUA  # which some clients set on anything; a server that offers it accepts that
         if request.flags & ~int(allowed_flags):
             raise Refused(Errno.EINVAL, f"command {request.type} does not go with flags {request.flags:#x}")
         self._node.check_range(request.offset, request.length)
+
+    def _check_write(self, request: Request, allowed_flags: int, *, beyond: Errno = Errno.ENOSPC) -> None:
+        if self._node.read_only:
+            raise ReadOnly("this export is read-only: it cannot be written")
+        try:
+            self._check(request, allowed_flags)
+        except OutOfRange as error:
+            raise Refused(beyond, str(error)) from error
 
 
 class Part(NamedTuple):
@@ -248,8 +289,12 @@ def parts_of(extents: tuple[Extent, ...], alone: int | None = None) -> Iterator[
 def _errno_of(error: Exception) -> Errno:
     if isinstance(error, Refused):
         return error.error
-    if isinstance(error, OutOfRange):
-        return Errno.EINVAL
-    if isinstance(error, ReadOnly):
-        return Errno.EPERM
-    return Errno.EIO
+    return next((number for kind, number in _ERRNO.items() if isinstance(error, kind)), Errno.EIO)
+
+
+_ERRNO = {
+    OutOfRange: Errno.EINVAL,
+    ReadOnly: Errno.EPERM,
+    NoSpace: Errno.ENOSPC,
+    NotSupported: Errno.ENOTSUP,
+}

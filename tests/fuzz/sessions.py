@@ -152,7 +152,7 @@ def requests(choices: Choices, size: int, *, extended: bool) -> bytes:
         length = choices.pick([512, 1, 4096, size, size + 1, 0, 1 << 25, (1 << 25) + 1, (1 << 32) - 1, -1, -1])
         length = choices.number(max(1, size - min(offset, size))) + 1 if length < 0 else length
         payload = b""
-        if flags & CommandFlag.PAYLOAD_LEN if extended else command == Command.WRITE:
+        if command == Command.WRITE or (extended and flags & CommandFlag.PAYLOAD_LEN):
             length = length if length > 1 << 25 else min(length, 5000)
             payload = bytes(min(length, 5000))
             if command == Command.BLOCK_STATUS:
@@ -385,7 +385,8 @@ def _judge_transmission(client: _Bytes, server: _Bytes, agreement: _Agreement, v
         if found != magic:
             verdict.broken = True
             break
-        has_payload = flags & CommandFlag.PAYLOAD_LEN if agreement.extended else command == Command.WRITE
+        # Extended headers ask for the flag on a WRITE, which QEMU does not set.
+        has_payload = command == Command.WRITE or (agreement.extended and flags & CommandFlag.PAYLOAD_LEN)
         if has_payload and length > nbd.MAX_PAYLOAD:
             verdict.broken = True
             break
