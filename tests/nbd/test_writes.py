@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import resource
+import signal
 import struct
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -23,9 +25,11 @@ from qcow2snap.nbd.transmission import Request
 from tests.nbd.support import Serve, connected, exports, run
 from tests.nbd.test_negotiation import Session
 from tests.nbd.test_newer_peers import peers  # noqa: F401  # a fixture
+from tests.nbd.test_serve import Serving
 from tests.nbd.test_transmission import EACH, FRAMINGS, WAYS, Way, quickly, slowly
 from tests.nbd.wire import Answer, ask, handshake, packed, read, understand
-from tests.support import require
+from tests.support import qemu_io, require
+from tests.support import run as cli
 
 SIZE = (1 << 20) + 512  # bytes
 FUA, NO_HOLE, FAST_ZERO = CommandFlag.FUA, CommandFlag.NO_HOLE, CommandFlag.FAST_ZERO
@@ -339,6 +343,32 @@ def test_libnbd_writes_and_gets_the_right_errors(uri: str) -> None:
     if run("/usr/bin/python3", "-c", "import nbd; print('yes')", check=False) != "yes\n":
         require("python3-libnbd")
     run("/usr/bin/python3", "-c", LIBNBD.format(uri=uri, size=SIZE))
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_serve_shows_a_raw_image(path: Path, tmp_path: Path, writable: bool) -> None:
+    serving = Serving("-f", "raw", *(["--writable"] if writable else []), path, "-k", tmp_path / "s")
+    try:
+        [uri] = serving.uris
+        info = json.loads(run(require("nbdinfo"), "--json", uri))["exports"][0]
+        assert (info["export-size"], info["is_read_only"], info["can_fua"]) == (SIZE, not writable, writable)
+        done = qemu_io(uri, "write -P 7 512 1024", "flush", options=("-f", "raw"), check=False)
+        assert (done.returncode == 0) == writable
+        assert path.read_bytes()[512:1536] == (b"\7" if writable else b"x") * 1024
+        serving.process.send_signal(signal.SIGHUP)
+        assert run(require("nbdinfo"), "--size", uri).strip() == str(SIZE)
+        again = cli("serve", "-f", "raw", "--writable", path, "-k", tmp_path / "t")
+        assert (again.returncode, again.stderr.count("\n")) == (1, 1)
+        assert "in use" in again.stderr
+    finally:
+        assert serving.stop() == 0
+
+
+def test_serve_writes_nothing_but_raw(path: Path) -> None:
+    for options, reason in ((["--writable"], "yet"), (["--writable", "-f", "raw", "-U"], "-U")):
+        refused = cli("serve", *options, path)
+        assert refused.returncode == 2
+        assert reason in refused.stderr
 
 
 def test_newer_peers_write_with_extended_headers(peers: Path, uri: str, path: Path, tmp_path: Path) -> None:  # noqa: F811
