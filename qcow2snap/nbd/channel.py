@@ -20,6 +20,7 @@ from socket import MSG_DONTWAIT, MSG_MORE, MSG_WAITALL
 
 RECEIVE = 1 << 16  # bytes: some 2,300 requests
 GATHER = 288 << 10  # bytes of replies in one send: 64 of 4 KiB or one of 256 KiB; 1 MiB was slower
+SEND_BUFFER = 1 << 19  # bytes in the kernel on a Unix socket, which has 208 KiB: less than one reply of nbdcopy's
 PIECE = 1 << 18  # bytes read, or received of a payload, at once
 SPIN = 40  # non-blocking tries, about 1 µs each
 SPIN_PAYS = 100e-6  # seconds: a spin that took longer was interrupted by somebody who needed the processor
@@ -143,6 +144,8 @@ class Outbox:
 
     def __init__(self, sock: socket.socket, *, is_plain: bool = True) -> None:
         self._socket = sock
+        if sock.family == socket.AF_UNIX:  # TCP finds a size by itself
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self.is_plain = is_plain
         self.view = memoryview(bytearray(GATHER))
         self.used = 0

@@ -5,7 +5,7 @@ a disk or for decompression, is put aside; the node is told that it will be read
 under way at once, and it is answered when there is nothing else to do. So one thread does what would take a pool of
 them, and a lock on the socket for each reply.
 
-Short reads go by `file_map`, which remembers where bytes lie. Runs of 32 KiB and more that lie verbatim in a file which
+Where bytes lie is remembered by `file_map`. Runs of 32 KiB and more that lie verbatim in a file which
 nobody can write go from file to socket by `sendfile`: they never enter Python. All else is read into the outbox, behind
 its header. A header that promises data may have left before an error turns up. The protocol then asks for the rest as
 zeros and an error chunk behind it, or, of simple replies, for the connection's end; that is what `_content` does.
@@ -160,13 +160,13 @@ class Reads:
     # Long reads: holes by themselves, and what lies in files straight from there.
 
     def _read_long(self, cookie: int, offset: int, length: int, whole: bool) -> None:
-        alone = SENDFILE if self._may_send_file else None
+        known = None if self._node.must_confirm else self._file_map.extent(offset, length)
         try:
-            extents = tuple(self._node.block_status(offset, length, want_zero=False))
+            extents = (known,) if known else tuple(self._node.block_status(offset, length, want_zero=False))
         except Qcow2SnapError as error:
             self._out.write(self._answers.error(cookie, offset, error))
             return
-        parts = tuple(parts_of(extents, alone))
+        parts = tuple(parts_of(extents, SENDFILE if self._may_send_file else None))
         if self._are_at_hand(extents):
             self._answer_long(cookie, offset, length, whole, parts)
         else:
