@@ -47,6 +47,8 @@ MAX_SNAPSHOT_TABLE_SIZE = 64 << 20  # bytes
 MAX_SNAPSHOT_EXTRA_DATA_SIZE = 1024  # bytes
 MAX_BITMAPS = 65535
 MAX_BITMAP_DIRECTORY_SIZE = 65535 * 1048  # bytes: as many of the largest entries as QEMU takes
+MAX_BITMAP_TABLE_SIZE = 0x8000000  # entries
+MAX_BITMAP_DATA_SIZE = 512 << 20  # bytes of one bitmap in the file
 MAX_BACKING_FILE_SIZE = 1023  # bytes of its name
 
 SUBCLUSTERS_PER_CLUSTER = 32

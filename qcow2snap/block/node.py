@@ -110,6 +110,7 @@ class BlockNode(ABC):
 
     size: int
     read_only: bool = True
+    nb_backing: int = 0  # nodes below it in its backing chain
     # Others may write the files meanwhile. Only such a node tells preadv_unconfirmed from preadv; its files are not
     # stable, but where block_status found bytes in them may be remembered, if each use is confirmed like a read.
     must_confirm: bool = False
@@ -240,6 +241,22 @@ class SnapshotAccess(ABC):
         """The reader needs this range no more. A driver whose snapshots are not the reader's to punch does nothing."""
 
 
+class ChangeTracking(ABC):
+    """What a node adds that knows of its bytes, without reading them, which were changed since when."""
+
+    @abstractmethod
+    def changes_since(self, since: SnapshotInfo, offset: int, length: int) -> Iterator[ChangedExtent]:
+        """What may differ here from snapshot `since` of the same disk, as SnapshotAccess.changes tells it."""
+
+    def dirty_bitmaps(self) -> Sequence[str]:
+        """The names of the dirty bitmaps that the node has, and whose contents can be trusted."""
+        return ()
+
+    def dirty_extents(self, bitmap: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Offset and length of each run of bytes that is dirty, in order. BitmapNotFound says why there is no such."""
+        raise BitmapNotFound(f'there is no dirty bitmap "{bitmap}" here')
+
+
 class Qcow2SnapError(Exception):
     """The root of all errors raised on purpose: one line that says what, where, and what to do."""
 
@@ -285,6 +302,10 @@ class SnapshotAmbiguous(Qcow2SnapError):
 
 class SnapshotGone(Qcow2SnapError):
     """The snapshot was deleted while it was being read; whatever has its name now is another one."""
+
+
+class BitmapNotFound(Qcow2SnapError):
+    """No dirty bitmap has that name, or the one that has does not know what is dirty."""
 
 
 class ImageInUse(Qcow2SnapError):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from qcow2snap.block.node import BlockNode, Buffer, Extent, SnapshotAccess, SnapshotInfo
+from qcow2snap.block.node import BlockNode, Buffer, ChangedExtent, ChangeTracking, Extent, SnapshotAccess, SnapshotInfo
 
 
-class SnapshotAccessNode(BlockNode):
+class SnapshotAccessNode(BlockNode, ChangeTracking):
     """One snapshot of `file`, as an ordinary read-only node.
 
     size     the snapshot's own, in bytes; not that of the active disk
@@ -22,6 +22,7 @@ class SnapshotAccessNode(BlockNode):
         self.file = file
         self.snapshot = file.find_snapshot(snapshot) if isinstance(snapshot, str) else snapshot
         self.size = self.snapshot.size
+        self.nb_backing = file.nb_backing if isinstance(file, BlockNode) else 0
         self.must_confirm = file.must_confirm_snapshots
 
     def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
@@ -42,3 +43,7 @@ class SnapshotAccessNode(BlockNode):
     def pdiscard(self, offset: int, length: int) -> None:
         self.check_range(offset, length)
         self.file.pdiscard_snapshot(self.snapshot, offset, length)
+
+    def changes_since(self, since: SnapshotInfo, offset: int, length: int) -> Iterator[ChangedExtent]:
+        self.check_range(offset, length)
+        return self.file.changes(since, self.snapshot, offset, length)

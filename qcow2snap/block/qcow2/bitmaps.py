@@ -1,16 +1,34 @@
-"""The directory of persistent bitmaps: what bitmaps an image has. Their contents are not read here."""
+"""Persistent dirty bitmaps: which there are, and which bytes they say are dirty.
+
+Bitmaps belong to the active disk, whose writes they record; a snapshot has none. Limits are those of QEMU
+(block/qcow2-bitmap.c). A bitmap that is in use was not saved by the program that had the image open: it is listed, and
+its contents are refused.
+"""
 
 from __future__ import annotations
 
+import sys
+from array import array
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from construct import StreamError
 
 from formats import qcow2 as layout
-from formats.qcow2 import BitmapFlag, HeaderExtensionType
+from formats.qcow2 import AutoclearFeature, BitmapFlag, BitmapTableEntry, BitmapType, HeaderExtensionType
 from qcow2snap.block.file import FileNode
+from qcow2snap.block.node import BitmapNotFound, ImageFormatError, UnsupportedFeature
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.header import ImageHeader, as_text
+
+_KNOWN_FLAGS = int(BitmapFlag.IN_USE | BitmapFlag.AUTO | BitmapFlag.EXTRA_DATA_COMPATIBLE)
+_OFFSET = BitmapTableEntry.mask("offset")
+_ALL_ONES = BitmapTableEntry.mask("all_ones")
+_RESERVED = BitmapTableEntry.mask("reserved_low") | BitmapTableEntry.mask("reserved_high")
+_SLICE = 4096  # bytes of a bitmap that are looked at together: whoever wants one run does not pay for a cluster
+_LARGEST_ENTRY = layout.BITMAP_DIRECTORY_ENTRY_LENGTH + 0xFFFF + 1024 + 7  # QEMU takes no extra data at all
+
+Run = tuple[int, int]  # first and the one after the last
 
 
 class BitmapInfo(NamedTuple):
@@ -19,6 +37,11 @@ class BitmapInfo(NamedTuple):
     name: str
     granularity: int
     flags: int
+    type: int = BitmapType.DIRTY_TRACKING
+    table_offset: int = 0
+    table_size: int = 0  # entries
+    has_extra_data: bool = False
+    host_offset: int = 0  # where the entry starts in the image file
 
     @property
     def flag_names(self) -> list[str]:
@@ -54,9 +77,137 @@ def read_bitmap_directory(file: FileNode, header: ImageHeader) -> tuple[BitmapIn
             raise rules.BITMAP_DIRECTORY.broken(
                 offset + position + 17, f"granularity 2^{entry.granularity_bits} of a bitmap is impossible"
             )
-        bitmaps.append(BitmapInfo(as_text(entry.name), 1 << entry.granularity_bits, int(entry.flags)))
+        bitmaps.append(
+            BitmapInfo(
+                name=as_text(entry.name),
+                granularity=1 << entry.granularity_bits,
+                flags=int(entry.flags),
+                type=int(entry.type),
+                table_offset=entry.bitmap_table_offset,
+                table_size=entry.bitmap_table_size,
+                has_extra_data=bool(entry.extra_data),
+                host_offset=offset + position,
+            )
+        )
         position += layout.BITMAP_DIRECTORY_ENTRY_LENGTH + len(entry.extra_data) + len(entry.name) + len(entry.padding)
     return tuple(bitmaps)
 
 
-_LARGEST_ENTRY = layout.BITMAP_DIRECTORY_ENTRY_LENGTH + 0xFFFF + 1024 + 7  # QEMU takes no extra data at all
+def why_unknown(info: BitmapInfo, header: ImageHeader) -> str | None:
+    """Why nobody knows what is dirty by this bitmap; None where it can be trusted."""
+    if not header.autoclear_features & AutoclearFeature.BITMAPS:
+        return "a program that does not know bitmaps has written the image since it was saved"
+    if info.flags & BitmapFlag.IN_USE:
+        return "it is marked in use: what had the image open did not save it, or has it open still"
+    if info.type != BitmapType.DIRTY_TRACKING:
+        return f"it is of type {info.type}, not a dirty tracking bitmap"
+    if info.flags & ~_KNOWN_FLAGS or (info.has_extra_data and not info.flags & BitmapFlag.EXTRA_DATA_COMPATIBLE):
+        return "it has flags or extra data that are not known here"
+    return None
+
+
+class DirtyBitmap:
+    """The contents of one bitmap.
+
+    threads  any; nothing changes after construction
+    errors   BitmapNotFound when built, for one that cannot be trusted; ImageFormatError when built or read
+    """
+
+    def __init__(self, file: FileNode, header: ImageHeader, info: BitmapInfo) -> None:
+        reason = why_unknown(info, header)
+        if reason is not None:
+            raise BitmapNotFound(f'{file.filename}: the contents of dirty bitmap "{info.name}" are unknown: {reason}')
+        self._file = file
+        self._info = info
+        self._cluster_size = header.cluster_size
+        self._size = header.size
+        self._coverage = header.cluster_size * 8 * info.granularity  # guest bytes that a cluster of bits stands for
+        self._table = self._read_table(-(-header.size // self._coverage))
+        self.nbytes = 300 + 8 * len(self._table)
+
+    def _read_table(self, needed: int) -> array[int]:
+        info, file, where = self._info, self._file, self._info.host_offset
+        if info.table_size != needed:
+            what = f"has {info.table_size} table entries, where its disk and granularity need {needed}"
+            raise self._broken(rules.BITMAP_TABLE, where + 8, what)
+        if needed > layout.MAX_BITMAP_TABLE_SIZE or needed * self._cluster_size > layout.MAX_BITMAP_DATA_SIZE:
+            raise UnsupportedFeature(f"{file.filename}: the bits of dirty bitmap {info.name!a} take more than 512 MiB")
+        if info.table_offset % self._cluster_size:
+            raise self._broken(
+                rules.BITMAP_TABLE, where, f"has its table at {info.table_offset:#x}, no cluster boundary"
+            )
+        table = array("Q", file.pread_available(info.table_offset, 8 * needed)[: 8 * needed])
+        if len(table) < needed:
+            raise self._broken(rules.BITMAP_TABLE, where, "has a table that reaches beyond the end of the file")
+        if sys.byteorder == "little":
+            table.byteswap()
+        return table
+
+    def dirty(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Offset and length of each dirty run in a range of the disk, in order, none touching the next."""
+        end = min(offset + length, self._size)
+        run_start = run_end = offset
+        for start, stop in self._runs(offset, end):
+            if start > run_end:
+                if run_end > run_start:
+                    yield run_start, run_end - run_start
+                run_start = start
+            run_end = stop
+        if run_end > run_start:
+            yield run_start, run_end - run_start
+
+    def _runs(self, offset: int, end: int) -> Iterator[Run]:
+        """Guest bytes that are dirty, cut to the range; neighbours may touch."""
+        granularity = self._info.granularity
+        for index in range(offset // self._coverage, -(-end // self._coverage)):
+            base = index * self._coverage
+            low, high = max(offset, base), min(end, base + self._coverage)
+            entry = self._table[index]
+            host_offset = self._checked(index, entry)
+            if host_offset:
+                bits = (low - base) // granularity, -(-(high - base) // granularity)
+                for first, stop in self._bits(index, host_offset, *bits):
+                    yield max(low, base + first * granularity), min(high, base + stop * granularity)
+            elif entry & _ALL_ONES:
+                yield low, high
+
+    def _bits(self, index: int, host_offset: int, first: int, stop: int) -> Iterator[Run]:
+        """Runs of ones among the bits of one cluster, the least significant of a byte being the first."""
+        for start in range(first // 8 // _SLICE * _SLICE, -(-stop // 8), _SLICE):
+            length = min(_SLICE, self._cluster_size - start)
+            data = self._file.pread_available(host_offset + start, length)
+            if len(data) < length:
+                raise self._entry_broken(index, "beyond the end of the file")
+            for one, end in _ones(data):
+                low, high = max(first, 8 * start + one), min(stop, 8 * start + end)
+                if low < high:
+                    yield low, high
+
+    def _checked(self, index: int, entry: int) -> int:
+        """The host offset of an entry that is as the specification wants it, 0 where all bits are the same."""
+        host_offset = entry & _OFFSET
+        if entry & _RESERVED or (host_offset and entry & _ALL_ONES):
+            raise self._entry_broken(index, f"reserved bits are set in {entry:#x}")
+        if host_offset % self._cluster_size:
+            raise self._entry_broken(index, f"{host_offset:#x}, not a cluster boundary")
+        return host_offset
+
+    def _entry_broken(self, index: int, what: str) -> ImageFormatError:
+        where = self._info.table_offset + 8 * index
+        error = self._broken(rules.BITMAP_TABLE_ENTRY, where, f"has table entry {index}: {what}")
+        error.guest_range = index * self._coverage, min(self._coverage, self._size - index * self._coverage)
+        return error
+
+    def _broken(self, rule: rules.Rule, host_offset: int, what: str) -> ImageFormatError:
+        error = rule.broken(host_offset, f"dirty bitmap {self._info.name!a} {what}")
+        error.filename = self._file.filename
+        return error
+
+
+def _ones(data: bytes) -> Iterator[Run]:
+    """Runs of ones among bits, the least significant bit of each byte being the first."""
+    import numpy as np  # not at the top: the directory is read without it
+
+    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")
+    edges = np.flatnonzero(np.diff(bits, prepend=0, append=0))
+    yield from zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)

@@ -15,11 +15,14 @@ from formats.qcow2 import CryptMethod, IncompatibleFeature
 from qcow2snap.block.file import FileNode
 from qcow2snap.block.lru import BoundedCache
 from qcow2snap.block.node import (
+    BitmapNotFound,
     BlockNode,
     Buffer,
     ChangedExtent,
+    ChangeTracking,
     Extent,
     FileError,
+    ImageFormatError,
     ImageInUse,
     SnapshotAccess,
     SnapshotInfo,
@@ -31,15 +34,17 @@ from qcow2snap.block.qcow2.in_use import is_same_snapshot, look_at_table, pointi
 from qcow2snap.block.qcow2.snapshot_table import SnapshotTable
 
 if TYPE_CHECKING:
+    from qcow2snap.block.qcow2.bitmaps import BitmapInfo, DirtyBitmap
     from qcow2snap.block.qcow2.changes import Comparison, State
     from qcow2snap.block.qcow2.l2_changes import TableChanges
     from qcow2snap.block.qcow2.view import Image, L1Table, View
 
 TABLE_CACHE_SIZE = 32 << 20  # bytes of decoded L2 tables: 1 GiB of badly fragmented tables is about 16 MiB
 CLUSTER_CACHE_SIZE = 32 << 20  # bytes of decompressed clusters
+BITMAP_CACHE_SIZE = 16 << 20  # bytes of bitmap tables; the largest takes 8 MiB
 
 
-class Qcow2Node(BlockNode, SnapshotAccess):
+class Qcow2Node(BlockNode, SnapshotAccess, ChangeTracking):
     """The active disk of a qcow2 image, with access to its snapshots.
 
     size     the virtual disk size of the header
@@ -68,11 +73,14 @@ class Qcow2Node(BlockNode, SnapshotAccess):
         self.size = header.size
         self.data_file = data_file
         self.backing = backing
+        self.nb_backing = 0 if backing is None else backing.nb_backing + 1
         self._has_children = has_children
         self._table_cache_size = table_cache_size
         self._cluster_cache_size = cluster_cache_size
         self._comparisons: BoundedCache[tuple[SnapshotInfo | None, ...], Comparison] = BoundedCache(L1_CACHE_SIZE)
         self._changed_tables: BoundedCache[tuple[int, int], TableChanges] = BoundedCache(table_cache_size)
+        self._bitmap_directory: dict[str, BitmapInfo] | None = None
+        self._bitmap_contents: BoundedCache[str, DirtyBitmap] = BoundedCache(BITMAP_CACHE_SIZE)
         self.must_confirm_snapshots = not file.stable
         self._refreshing = Lock()
         self._images: WeakSet[Image] = WeakSet()  # of all epochs: their caches may be reading ahead
@@ -181,6 +189,43 @@ class Qcow2Node(BlockNode, SnapshotAccess):
             look = look._replace(table=look.table._replace(entries=last.known(look.table.entries)))
         self.header = pointing(self.header, look.pointer)
         return Epoch(self.file, self.header, self._new_image, look)
+
+    # -- ChangeTracking -----------------------------------------------------------------------------------------------
+
+    def changes_since(self, since: SnapshotInfo, offset: int, length: int) -> Iterator[ChangedExtent]:
+        self.check_range(offset, length)
+        return self.changes(since, None, offset, length)
+
+    def dirty_bitmaps(self) -> Sequence[str]:
+        from qcow2snap.block.qcow2.bitmaps import why_unknown
+
+        return [name for name, info in self._bitmaps().items() if why_unknown(info, self.header) is None]
+
+    def dirty_extents(self, bitmap: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        self.check_range(offset, length)
+        contents = self._bitmap_contents.get(bitmap)
+        if contents is None:
+            from qcow2snap.block.qcow2.bitmaps import DirtyBitmap
+
+            info = self._bitmaps().get(bitmap)
+            if info is None:
+                raise BitmapNotFound(f'{self.filename}: there is no dirty bitmap "{bitmap}"')
+            contents = DirtyBitmap(self.file, self.header, info)
+            if self.file.stable:
+                self._bitmap_contents.put(bitmap, contents, contents.nbytes)
+        return contents.dirty(offset, length)
+
+    def _bitmaps(self) -> dict[str, BitmapInfo]:
+        """By name, which is theirs alone. Kept where the file cannot change."""
+        if self._bitmap_directory is None or not self.file.stable:
+            from qcow2snap.block.qcow2.bitmaps import read_bitmap_directory
+
+            try:
+                self._bitmap_directory = {info.name: info for info in read_bitmap_directory(self.file, self.header)}
+            except ImageFormatError as error:
+                error.filename = self.filename
+                raise
+        return self._bitmap_directory
 
     # -- views --------------------------------------------------------------------------------------------------------
 

@@ -113,3 +113,13 @@ SNAPSHOT_L1_SIZE = _corruption(
 BITMAP_DIRECTORY = _corruption(
     "QCOW2-BMP-001", "Bitmaps", "The bitmap directory lies within the file and is as long as its entries."
 )
+BITMAP_TABLE = _corruption(
+    "QCOW2-BMP-002",
+    "Bitmaps",
+    "A bitmap table starts at a cluster boundary, lies within the file, and has as many entries as the bitmap needs.",
+)
+BITMAP_TABLE_ENTRY = _corruption(
+    "QCOW2-BMP-003",
+    "Bitmap table",
+    "A bitmap table entry points to a cluster boundary within the file, and its reserved bits are zero.",
+)
