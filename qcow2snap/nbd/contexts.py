@@ -1,13 +1,26 @@
-"""Metadata contexts: what BLOCK_STATUS can tell of an export, by the context's name. No protocol messages."""
+"""Metadata contexts: what BLOCK_STATUS can tell of an export, by the context's name. No protocol messages, no driver.
+
+base:allocation              as NBD has it
+qemu:allocation-depth        as QEMU has it: 0 where nothing is allocated, 1 here, 2 in the backing file, and so on
+qemu:dirty-bitmap:NAME       flag 1: dirty. Bitmaps record the writes of the active disk, so only its export has them
+qcow2snap:changed-since:REF  flag 1: bytes may differ from snapshot REF. What reads dirty bitmaps reads this
+
+REF is a snapshot's name where that is its alone, and in any case `id=` with its id, as for exports.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
 from formats.nbd import State
-from qcow2snap.block.node import BlockNode, Status
+from qcow2snap.block.node import BlockNode, ChangeTracking, Extent, Qcow2SnapError, SnapshotInfo, Status
+from qcow2snap.nbd.names import SnapshotNames
+from qcow2snap.nbd.strings import is_string
+
+logger = logging.getLogger(__name__)
 
 # Length in bytes and flags of each run from a given place on, without gap; neighbours differ in their flags.
 Descriptors = Iterator[tuple[int, int]]
@@ -15,6 +28,13 @@ Descriptors = Iterator[tuple[int, int]]
 # Of one reply: 256 KiB of descriptors, and half a second's work for them. A client asks again from where they end.
 MAX_DESCRIPTORS = 1 << 15
 MAX_EXTENTS = 1 << 16
+MAX_COMPARED = 64 << 30  # bytes whose tables are compared: 256 tables of 64 KiB clusters
+
+DIRTY = 1  # the flag of qemu:dirty-bitmap and of changed-since
+DIRTY_BITMAP = "qemu:dirty-bitmap:"
+CHANGED_SINCE = "qcow2snap:changed-since:"
+_HOLE, _ZERO = int(State.HOLE), int(State.ZERO)
+_WILDCARDS = ("base:", "qemu:", DIRTY_BITMAP, "qcow2snap:", CHANGED_SINCE)
 
 
 class MetaContext(NamedTuple):
@@ -28,30 +48,146 @@ class MetaContext(NamedTuple):
         return list(islice(self.status(node, offset, length), min(limit, MAX_DESCRIPTORS)))
 
 
+class Contexts:
+    """The contexts of one export. Looked up, and listed, without making those that nobody asked for."""
+
+    def __init__(self, node: BlockNode, snapshots: SnapshotNames | None = None) -> None:
+        self._tracking = node if isinstance(node, ChangeTracking) else None
+        self._snapshots = snapshots if snapshots is not None and self._tracking is not None else SnapshotNames(())
+
+    def __iter__(self) -> Iterator[MetaContext]:
+        yield from self._under("")
+
+    def find(self, name: str) -> MetaContext | None:
+        """The context of exactly this name."""
+        if name in _PLAIN:
+            return _PLAIN[name]
+        if name.startswith(DIRTY_BITMAP):
+            return self._dirty_bitmap(name.removeprefix(DIRTY_BITMAP))
+        if name.startswith(CHANGED_SINCE):
+            snapshot = self._snapshots.find(name.removeprefix(CHANGED_SINCE))
+            return None if snapshot is None else _changed_since(name, snapshot)
+        return None
+
+    def matching(self, queries: Iterable[str], *, wildcards: bool) -> Iterator[MetaContext]:
+        """The contexts that queries mean, each once. `base:` and the like mean all below only with `wildcards`."""
+        asked: set[str] = set()
+        covered: tuple[str, ...] = ()
+        for query in queries:
+            if query in asked or (covered and query.startswith(covered)):
+                continue
+            if wildcards and query in _WILDCARDS:
+                for context in self._under(query):
+                    if context.name not in asked and not (covered and context.name.startswith(covered)):
+                        yield context
+                covered = (*covered, query)
+            elif (found := self.find(query)) is not None:
+                yield found
+            asked.add(query)
+
+    def _under(self, prefix: str) -> Iterator[MetaContext]:
+        for name, context in _PLAIN.items():
+            if name.startswith(prefix):
+                yield context
+        if DIRTY_BITMAP.startswith(prefix):
+            for name in self._bitmaps():
+                if is_string(DIRTY_BITMAP + name):
+                    yield _bitmap(name)
+        if CHANGED_SINCE.startswith(prefix):
+            for name, snapshot in self._snapshots.shown(CHANGED_SINCE):
+                yield _changed_since(CHANGED_SINCE + name, snapshot)
+
+    def _bitmaps(self) -> Sequence[str]:
+        try:
+            return () if self._tracking is None else self._tracking.dirty_bitmaps()
+        except Qcow2SnapError as error:  # the disk can be read all the same
+            logger.warning("dirty bitmaps are not offered: %s", error)
+            return ()
+
+    def _dirty_bitmap(self, name: str) -> MetaContext | None:
+        """The context of a bitmap that can be read. The log says why one cannot; the protocol has no words for it."""
+        if self._tracking is None:
+            return None
+        try:
+            self._tracking.dirty_extents(name, 0, 0)
+        except Qcow2SnapError as error:
+            logger.info("%s%s is not offered: %s", DIRTY_BITMAP, name, error)
+            return None
+        return _bitmap(name)
+
+
+# One function for each kind of context: flags as QEMU's server sets them.
+
+
 def _allocation(node: BlockNode, offset: int, length: int) -> Descriptors:
-    """Flags as QEMU's server sets them: a hole where no space is taken, zero where zeros are read."""
-    run, run_flags = 0, -1
-    for extent in islice(node.block_status(offset, length), MAX_EXTENTS):
-        flags = (0 if extent.status & Status.DATA else State.HOLE) | (0 if extent.must_read else State.ZERO)
-        if flags != run_flags:
-            if run:
-                yield run, run_flags
-            run, run_flags = 0, int(flags)
-        run += extent.length
-    if run:
-        yield run, run_flags
+    """A hole where no space is taken, zero where zeros are read."""
+    return _merged(
+        (extent.length, (0 if extent.status & Status.DATA else _HOLE) | (0 if extent.must_read else _ZERO))
+        for extent in islice(node.block_status(offset, length), MAX_EXTENTS)
+    )
+
+
+def _allocation_depth(node: BlockNode, offset: int, length: int) -> Descriptors:
+    """The layer that has the bytes, counted from 1. Beyond the end of one, QEMU takes zeros for allocated there."""
+
+    def depth(extent: Extent) -> int:
+        if extent.status & Status.ALLOCATED:
+            return extent.depth + 1
+        return extent.depth + 2 if extent.depth < node.nb_backing else 0
+
+    extents = islice(node.block_status(offset, length, want_zero=False), MAX_EXTENTS)
+    return _merged((extent.length, depth(extent)) for extent in extents)
+
+
+def _bitmap(name: str) -> MetaContext:
+    def status(node: BlockNode, offset: int, length: int) -> Descriptors:
+        assert isinstance(node, ChangeTracking)
+        return _dirty(node.dirty_extents(name, offset, length), offset, offset + length)
+
+    return MetaContext(DIRTY_BITMAP + name, status)
+
+
+def _changed_since(name: str, snapshot: SnapshotInfo) -> MetaContext:
+    def status(node: BlockNode, offset: int, length: int) -> Descriptors:
+        assert isinstance(node, ChangeTracking)
+        length = min(length, MAX_COMPARED)
+        changes = node.changes_since(snapshot, offset, length)
+        return _dirty(((extent.offset, extent.length) for extent in changes), offset, offset + length)
+
+    return MetaContext(name, status)
+
+
+def _merged(runs: Iterable[tuple[int, int]]) -> Descriptors:
+    """Neighbours of the same flags as one."""
+    length, flags = 0, -1
+    for more, its_flags in runs:
+        if its_flags != flags:
+            if length:
+                yield length, flags
+            length, flags = 0, its_flags
+        length += more
+    if length:
+        yield length, flags
+
+
+def _dirty(extents: Iterable[tuple[int, int]], position: int, end: int) -> Descriptors:
+    """What is dirty, and the clean runs between: up to `end`, or to as many extents as are looked at."""
+
+    def runs() -> Iterator[tuple[int, int]]:
+        at = position
+        for number, (offset, length) in enumerate(extents):
+            if offset > at:
+                yield offset - at, 0
+            if number == MAX_EXTENTS:
+                return
+            yield length, DIRTY
+            at = offset + length
+        if at < end:
+            yield end - at, 0
+
+    return _merged(runs())
 
 
 ALLOCATION = MetaContext("base:allocation", _allocation)
-
-
-def contexts_of(node: BlockNode) -> Sequence[MetaContext]:
-    """All contexts that a client may select on this node."""
-    return (ALLOCATION,)
-
-
-def matching(query: str, contexts: Sequence[MetaContext], *, wildcards: bool) -> list[MetaContext]:
-    """The contexts that a query means. `base:` means all of its namespace where `wildcards` are allowed, else none."""
-    if wildcards and query.endswith(":") and query.count(":") == 1:
-        return [context for context in contexts if context.name.startswith(query)]
-    return [context for context in contexts if context.name == query]
+ALLOCATION_DEPTH = MetaContext("qemu:allocation-depth", _allocation_depth)
+_PLAIN = {context.name: context for context in (ALLOCATION, ALLOCATION_DEPTH)}

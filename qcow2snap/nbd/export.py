@@ -1,28 +1,20 @@
-"""What a server offers: exports, and the names that the snapshots of an image get. No protocol and no driver.
-
-Two rules make a name safe to look up: it means one thing or nothing, and it is never guessed at. The prefixes `id=` and
-`vmstate:` are ours; a snapshot whose own name begins with one of them is shown by its id, so that no name in an image
-can take the place of another snapshot's id or VM state.
-"""
+"""What a server offers: exports, each with its name, its node and its contexts. No protocol and no driver."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 
 from qcow2snap.block.node import BlockNode, SnapshotAccess, SnapshotInfo, SnapshotNotFound
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
+from qcow2snap.nbd.contexts import Contexts
 from qcow2snap.nbd.file_map import FileMap
-from qcow2snap.nbd.strings import is_string
+from qcow2snap.nbd.names import VM_STATE_PREFIX, SnapshotNames
 
 logger = logging.getLogger(__name__)
-
-ID_PREFIX = "id="
-VM_STATE_PREFIX = "vmstate:"
 
 
 @dataclass(frozen=True)
@@ -39,10 +31,16 @@ class Export:
     open: Callable[[], BlockNode]
     description: str = ""
     preferred_block_size: int = 4096  # bytes, a power of 2
+    snapshots: SnapshotNames | None = None  # with which the node can be compared
 
     @cached_property
     def node(self) -> BlockNode:
         return self.open()
+
+    @cached_property
+    def contexts(self) -> Contexts:
+        """What can be told of the node in BLOCK_STATUS."""
+        return Contexts(self.node, self.snapshots)
 
     @cached_property
     def file_map(self) -> FileMap:
@@ -78,39 +76,27 @@ def exports_of(image: BlockNode, *, snapshot: str | None = None, active: bool = 
     if snapshot is not None:
         if not isinstance(image, SnapshotAccess):
             raise SnapshotNotFound(f'there is no snapshot "{snapshot}": this format has none')
-        return Exports([_disk(image, image.find_snapshot(snapshot), "")])
-    listed = [Export("", lambda: image, "active disk")] if active else []
+        return Exports([_disk(image, image.find_snapshot(snapshot), "", SnapshotNames(image.snapshots()))])
+    snapshots = SnapshotNames(image.snapshots() if isinstance(image, SnapshotAccess) else ())
+    listed = [Export("", lambda: image, "active disk", snapshots=snapshots)] if active else []
     aliases: list[tuple[str, Export]] = []
     if isinstance(image, SnapshotAccess):
-        snapshots = image.snapshots()
-        for info, names in _named(snapshots):
+        for info, names in snapshots.names():
             if not names:
                 logger.warning("snapshot %a shares its name and its id with others: not exported", str(info))
                 continue
-            listed.append(_disk(image, info, names[0]))
+            listed.append(_disk(image, info, names[0], snapshots))
             aliases += [(name, listed[-1]) for name in names]
-        for info, names in _named(snapshots, VM_STATE_PREFIX):
+        for info, names in snapshots.names(VM_STATE_PREFIX):
             if info.vm_state_size > 0 and names:
-                listed.append(_vm_state(image, info, names[0]))
-                aliases += [(name, listed[-1]) for name in names]
+                listed.append(_vm_state(image, info, VM_STATE_PREFIX + names[0]))
+                aliases += [(VM_STATE_PREFIX + name, listed[-1]) for name in names]
     return Exports(listed, aliases)
 
 
-def _named(snapshots: Sequence[SnapshotInfo], prefix: str = "") -> Iterator[tuple[SnapshotInfo, list[str]]]:
-    """Each snapshot with the names that are its alone, the one to show first."""
-    names = Counter(info.name for info in snapshots)
-    ids = Counter(info.id for info in snapshots)
-    for info in snapshots:
-        own = []
-        if info.name and names[info.name] == 1 and not info.name.startswith((ID_PREFIX, VM_STATE_PREFIX)):
-            own.append(prefix + info.name)
-        if ids[info.id] == 1:
-            own.append(prefix + ID_PREFIX + info.id)
-        yield info, [name for name in own if is_string(name)]
-
-
-def _disk(image: SnapshotAccess, info: SnapshotInfo, name: str) -> Export:
-    return Export(name, lambda: SnapshotAccessNode(image, info), f"disk of {_described(info)}, {info.size} bytes")
+def _disk(image: SnapshotAccess, info: SnapshotInfo, name: str, snapshots: SnapshotNames) -> Export:
+    description = f"disk of {_described(info)}, {info.size} bytes"
+    return Export(name, lambda: SnapshotAccessNode(image, info), description, snapshots=snapshots)
 
 
 def _vm_state(image: SnapshotAccess, info: SnapshotInfo, name: str) -> Export:

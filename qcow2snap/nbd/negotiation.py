@@ -7,6 +7,7 @@ a long list nor a client that pipelines a thousand options makes the server hold
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from construct import CheckError, ConstructError
@@ -14,7 +15,7 @@ from construct import CheckError, ConstructError
 from formats import nbd
 from formats.nbd import ClientFlag, HandshakeFlag, InfoType, OptionType, ReplyType, TransmissionFlag
 from qcow2snap.block.node import BlockNode, NBDError, Qcow2SnapError
-from qcow2snap.nbd.contexts import MetaContext, contexts_of, matching
+from qcow2snap.nbd.contexts import Contexts, MetaContext
 from qcow2snap.nbd.export import Export, Exports
 from qcow2snap.nbd.framing import EXTENDED_HEADERS, SIMPLE_REPLIES, STRUCTURED_REPLIES, Framing
 from qcow2snap.nbd.strings import message
@@ -22,6 +23,7 @@ from qcow2snap.nbd.strings import message
 MAX_OPTION_DATA = 1 << 16  # bytes: room for every honest option. More is passed over and refused.
 MAX_SKIPPED_DATA = 1 << 25  # bytes: more than this is no mistake but an attack
 MAX_OPTIONS = 4096  # of one connection
+MAX_CONTEXTS = 64  # that a client may select
 PIECE = 1 << 16  # bytes of replies made at once, give or take one reply
 
 HANDSHAKE_FLAGS = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
@@ -255,17 +257,18 @@ class ServerNegotiation:
         yield ReplyType.ACK, b""
 
     def _list_meta_context(self, data: bytes) -> Answer:
-        _, _, contexts = self._meta_context_request(data, wildcards=True)
-        for context in contexts:
+        _, queries, available = self._meta_context_request(data)
+        for context in available.matching(queries, wildcards=True) if queries else available:
             yield ReplyType.META_CONTEXT, nbd.MetaContextReply.build({"context_id": 0, "name": context.name.encode()})
         yield ReplyType.ACK, b""
 
     def _set_meta_context(self, data: bytes) -> Answer:
         self._selected = ("", ())  # also where the request then fails
-        name, queries, contexts = self._meta_context_request(data, wildcards=False)
-        if not queries:
-            contexts = []
-        self._selected = (name, tuple(contexts))
+        name, queries, available = self._meta_context_request(data)
+        contexts = tuple(islice(available.matching(queries, wildcards=False), MAX_CONTEXTS + 1))
+        if len(contexts) > MAX_CONTEXTS:
+            raise _Refused(ReplyType.ERR_TOO_BIG, f"a client may select {MAX_CONTEXTS} contexts")
+        self._selected = (name, contexts)
         for number, context in enumerate(contexts):
             reply = {"context_id": number, "name": context.name.encode()}
             yield ReplyType.META_CONTEXT, nbd.MetaContextReply.build(reply)
@@ -320,8 +323,8 @@ class ServerNegotiation:
             }
             yield ReplyType.INFO, nbd.InfoBlockSize.build(sizes)
 
-    def _meta_context_request(self, data: bytes, *, wildcards: bool) -> tuple[str, list[str], list[MetaContext]]:
-        """The export's name, the queries, and the contexts that they mean, each once. No queries mean all contexts."""
+    def _meta_context_request(self, data: bytes) -> tuple[str, list[str], Contexts]:
+        """The export's name, the queries, and the contexts that there are."""
         if not (self._structured_replies or self._extended_headers):
             text = "structured replies or extended headers have to be negotiated first"
             raise _Refused(ReplyType.ERR_INVALID, text)
@@ -330,11 +333,7 @@ class ServerNegotiation:
         queries = [_string(query) for query in request.queries]
         if any(":" not in query for query in queries):
             raise _Refused(ReplyType.ERR_INVALID, "a query begins with a namespace and a colon")
-        available = contexts_of(self._agreement(name).node)
-        if not queries:
-            return name, queries, list(available)
-        wanted = {context.name for query in set(queries) for context in matching(query, available, wildcards=wildcards)}
-        return name, queries, [context for context in available if context.name in wanted]
+        return name, queries, self._agreement(name).export.contexts
 
 
 def _reply(option: int, reply_type: int, data: bytes) -> bytes:

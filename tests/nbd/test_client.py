@@ -35,7 +35,7 @@ def test_it_lists_describes_and_reads(new_node: NewNode, serve: Serve) -> None:
         info = client.info("monday")
         assert (info.size, info.name, info.description) == (node.size, "monday", "about monday")
         assert (info.minimum_block_size, info.preferred_block_size, info.maximum_payload_size) == (1, 4096, 1 << 25)
-        assert client.list_contexts("monday") == ["base:allocation"]
+        assert client.list_contexts("monday") == ["base:allocation", "qemu:allocation-depth"]
         with pytest.raises(ReplyError, match="friday") as refused:
             client.go("friday")
         assert refused.value.error == ReplyType.ERR_UNKNOWN

@@ -243,8 +243,10 @@ def test_contexts_need_structured_replies(session: Session) -> None:
 @pytest.mark.parametrize(
     ("queries", "listed", "selected"),
     [
-        ((), [b"base:allocation"], []),
+        ((), [b"base:allocation", b"qemu:allocation-depth"], []),
         ((b"base:",), [b"base:allocation"], []),
+        ((b"qemu:", b"base:"), [b"qemu:allocation-depth", b"base:allocation"], []),
+        ((b"qemu:allocation-depth", b"qemu:"), [b"qemu:allocation-depth"], [b"qemu:allocation-depth"]),
         ((b"base:allocation",), [b"base:allocation"], [b"base:allocation"]),
         ((b"base:allocation", b"base:allocation"), [b"base:allocation"], [b"base:allocation"]),
         ((b"base:allocation", b"base:"), [b"base:allocation"], [b"base:allocation"]),
