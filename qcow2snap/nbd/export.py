@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 
-from qcow2snap.block.node import BlockNode, SnapshotAccess, SnapshotInfo, SnapshotNotFound
+from qcow2snap.block.node import BlockNode, NBDError, SnapshotAccess, SnapshotInfo, SnapshotNotFound
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
 from qcow2snap.nbd.contexts import Contexts
 from qcow2snap.nbd.file_map import FileMap
 from qcow2snap.nbd.names import VM_STATE_PREFIX, SnapshotNames
+from qcow2snap.nbd.strings import is_string
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,20 @@ class Exports:
         """The export of exactly this name."""
         return self._by_name.get(name)
 
+    def under(self, prefix: str) -> Iterator[tuple[Export, list[str]]]:
+        """Each export as PREFIX/NAME, the default one as PREFIX, and all names that it answers to then."""
+        names: dict[int, list[str]] = {id(export): [] for export in self._listed}
+        for name, export in self._by_name.items():
+            full = f"{prefix}/{name}" if name else prefix
+            if is_string(full):
+                names[id(export)].append(full)
+        for export in self._listed:
+            own = names[id(export)]
+            if own:
+                yield replace(export, name=own[0]), own
+            else:
+                logger.warning("%a under %a is too long for a name: not exported", export.name, prefix)
+
 
 def exports_of(image: BlockNode, *, snapshot: str | None = None, active: bool = True) -> Exports:
     """The exports of an image: its active disk as the default one, and each snapshot and VM state under its name.
@@ -92,6 +108,30 @@ def exports_of(image: BlockNode, *, snapshot: str | None = None, active: bool = 
                 listed.append(_vm_state(image, info, VM_STATE_PREFIX + names[0]))
                 aliases += [(VM_STATE_PREFIX + name, listed[-1]) for name in names]
     return Exports(listed, aliases)
+
+
+def joined(images: Iterable[tuple[str, Exports]]) -> Exports:
+    """The exports of several images, each with its own prefix.
+
+    No prefix has a slash in it. So a name with a slash is in the image that is named before the first one, under the
+    name that stands behind it, whatever is in that; and one without is an image's default export.
+    """
+    listed: list[Export] = []
+    aliases: list[tuple[str, Export]] = []
+    prefixes = set()
+    for prefix, exports in images:
+        if not prefix or "/" in prefix or prefix in prefixes or not is_string(prefix):
+            raise NBDError(f"{prefix!a} cannot be the prefix of an image's exports: it has to be unique, without slash")
+        prefixes.add(prefix)
+        for export, names in exports.under(prefix):
+            listed.append(export)
+            aliases += [(name, export) for name in names]
+    return Exports(listed, aliases)
+
+
+def prefix_of(filename: str) -> str:
+    """The prefix of an image's exports, if nothing else is said: its file's name without ".qcow2"."""
+    return os.path.basename(filename).removesuffix(".qcow2")
 
 
 def _disk(image: SnapshotAccess, info: SnapshotInfo, name: str, snapshots: SnapshotNames) -> Export:

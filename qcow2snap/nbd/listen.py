@@ -1,4 +1,7 @@
-"""Sockets that listen, and their URIs. Who accepts on them, and what is said then, is elsewhere."""
+"""Sockets that listen, and their URIs: Unix, TCP, vsock, and those that systemd or a client passes on.
+
+Who accepts on them, and what is said then, is elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import ipaddress
 import os
 import socket
 import stat
+import struct
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +19,12 @@ from qcow2snap.block.node import FileError
 from qcow2snap.nbd.uri import URI
 
 BACKLOG = 128  # connections that wait to be accepted
+FIRST_PASSED = 3  # the first descriptor of socket activation, sd_listen_fds(3)
+
+# linux/vm_sockets.h. Python has them where it was built with that header.
+AF_VSOCK = getattr(socket, "AF_VSOCK", 40)
+VMADDR_CID_ANY = 0xFFFFFFFF
+IOCTL_VM_SOCKETS_GET_LOCAL_CID = 0x7B9
 
 
 class Listener:
@@ -23,11 +34,12 @@ class Listener:
     errors   OSError from accept(); BlockingIOError if the client was gone before its turn
     """
 
-    def __init__(self, sock: socket.socket, uri: URI) -> None:
+    def __init__(self, sock: socket.socket, uri: URI, *, is_ours: bool = True) -> None:
+        """`is_ours`: we made its place in the file system, and are to remove it."""
         sock.setblocking(False)
         self.socket = sock
         self.uri = uri  # of the default export
-        self._inode = os.stat(uri.socket).st_ino if uri.socket else 0
+        self._inode = os.stat(uri.socket).st_ino if uri.socket and is_ours else None
         self._accepted = 0
 
     def accept(self) -> tuple[socket.socket, str]:
@@ -37,13 +49,15 @@ class Listener:
         return sock, self._peer(address)
 
     def _peer(self, address: Any) -> str:
-        if self.uri.socket:
-            return f"client {self._accepted} on {self.uri.socket}"
+        if self.socket.family == socket.AF_UNIX:
+            return f"client {self._accepted} on {self.uri.socket or 'a socket without a path'}"
         host, port = address[:2]
-        return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+        if self.socket.family == AF_VSOCK:
+            return f"vsock {host}:{port}"
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def close(self) -> None:
-        if self.uri.socket:
+        if self._inode is not None:
             with suppress(FileNotFoundError):
                 if os.stat(self.uri.socket).st_ino == self._inode:  # not another server's, who took our place
                     os.unlink(self.uri.socket)
@@ -92,7 +106,7 @@ def _remove_stale(path: str) -> None:
 
 
 def listen_tcp(host: str, port: int) -> Listener:
-    """Listen at an address or a host's name. Port 0 is any that is free."""
+    """Listen at an address or a host's name, at its first address. Port 0 is any that is free."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -109,11 +123,78 @@ def listen_tcp(host: str, port: int) -> Listener:
     except OSError as error:
         sock.close()
         raise FileError(f"{host}, port {port}: cannot listen there: {error.strerror or error}") from error
-    return Listener(sock, _tcp_uri(sock))
+    return Listener(sock, _uri(sock))
 
 
-def _tcp_uri(sock: socket.socket) -> URI:
-    host, port = sock.getsockname()[:2]
+def listen_vsock(port: int) -> Listener:
+    """Listen for virtual machines, and their host, at all addresses of this machine."""
+    try:
+        sock = socket.socket(AF_VSOCK, socket.SOCK_STREAM)
+        try:
+            sock.bind((VMADDR_CID_ANY, port))
+            sock.listen(BACKLOG)
+        except OSError:
+            sock.close()
+            raise
+    except OSError as error:
+        raise FileError(f"vsock port {port}: cannot listen there: {error.strerror or error}") from error
+    return Listener(sock, _uri(sock))
+
+
+def listen_at_all(places: Iterable[Callable[[], Listener]]) -> list[Listener]:
+    """Listen at all places, or at none."""
+    listeners: list[Listener] = []
+    try:
+        for listen in places:
+            listeners.append(listen())
+    except BaseException:
+        for listener in listeners:
+            listener.close()
+        raise
+    return listeners
+
+
+def passed_listeners() -> list[Listener]:
+    """Those that come by socket activation, as sd_listen_fds(3) has it; none if this process was not started so."""
+    count = os.environ.pop("LISTEN_FDS", "")
+    if os.environ.pop("LISTEN_PID", "") != str(os.getpid()) or not count.isdecimal():
+        return []
+    os.environ.pop("LISTEN_FDNAMES", None)
+    return [_passed(descriptor) for descriptor in range(FIRST_PASSED, FIRST_PASSED + min(int(count), 1 << 10))]
+
+
+def _passed(descriptor: int) -> Listener:
+    try:
+        os.set_inheritable(descriptor, False)
+        sock = socket.socket(fileno=descriptor)
+        if sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return Listener(sock, _uri(sock), is_ours=False)
+    except OSError as error:
+        raise FileError(f"socket activation: descriptor {descriptor} is no socket: {error.strerror}") from error
+    raise FileError(
+        f"socket activation: descriptor {descriptor} is not a stream socket that listens; with Accept=yes in the "
+        f"systemd unit, use --stdio and StandardInput=socket"
+    )
+
+
+def _uri(sock: socket.socket) -> URI:
+    """Where a socket that listens can be reached, as far as a URI can say it."""
+    address = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        is_path = isinstance(address, str) and os.path.exists(address)  # not so in the abstract namespace
+        return URI(socket=os.path.abspath(address)) if is_path else URI()
+    host, port = address[:2]
+    if sock.family == AF_VSOCK:
+        return URI(cid=_local_cid() if host == VMADDR_CID_ANY else host, port=port)
     if ipaddress.ip_address(host).is_unspecified:
         host = socket.gethostname()  # every address of this host: show one that leads here
     return URI(host=host, port=port)
+
+
+def _local_cid() -> int:
+    """The vsock address of this machine. Guests reach their host at 2 in any case, so that is it where nobody says."""
+    with suppress(OSError), open("/dev/vsock", "rb") as device:
+        (cid,) = struct.unpack("I", fcntl.ioctl(device, IOCTL_VM_SOCKETS_GET_LOCAL_CID, bytes(4)))
+        if cid != VMADDR_CID_ANY:
+            return int(cid)
+    return 2

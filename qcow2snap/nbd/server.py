@@ -201,6 +201,7 @@ class Server:
         self._thread: threading.Thread | None = None
         self._finished = False
         self._calls: deque[Callable[[], None]] = deque()
+        self._timers: list[_Timer] = []
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
         self._waker.setblocking(False)
@@ -211,7 +212,7 @@ class Server:
 
     def start(self) -> None:
         assert self._workers < 2, "worker processes are forked by a process without threads: use run()"
-        self._thread = threading.Thread(target=self._loop, name="nbd-accept", daemon=True)
+        self._thread = threading.Thread(target=self.run, name="nbd-accept", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -233,11 +234,9 @@ class Server:
     # In this thread.
 
     def run(self) -> None:
-        """Serve until `request_stop`, or until the end of `once`; then as `stop`."""
-        try:
-            self._loop()
-        finally:
-            self._finish()
+        """Serve until `request_stop`, or until the end of `once`. Call stop() then, also after an error."""
+        while not self._stopping.is_set():
+            self._turn()
 
     def request_stop(self) -> None:
         """For other threads, and for signal handlers."""
@@ -258,6 +257,10 @@ class Server:
         self._calls.append(call)
         self.wake()
 
+    def call_every(self, seconds: float, call: Callable[[], None]) -> None:
+        """Have the loop call this again and again."""
+        self._timers.append(_Timer(seconds, call))
+
     def watch(self, descriptor: int, call: Callable[[], None]) -> None:
         """Have the loop call this when there is something to be read from a descriptor."""
         self._watched[descriptor] = call
@@ -275,6 +278,11 @@ class Server:
         else:
             logger.warning("%s: refused: no thread, memory or worker is left for it", peer)
         sock.close()
+
+    def serve_only(self, sock: socket.socket, peer: str) -> None:
+        """Take this client, and stop when it has left, whatever it has done."""
+        self._once = self._chosen = True
+        self.serve(sock, peer)
 
     def refresh(self, exports: Exports, *, close: Callable[[], None] = lambda: None) -> None:
         """Serve these to whoever comes from now on. Call it where the loop runs."""
@@ -300,13 +308,8 @@ class Server:
         self._chosen = self._chosen or chosen
         self.wake()
 
-    def _loop(self) -> None:
-        while not self._stopping.is_set():
-            self._turn()
-
     def _turn(self) -> None:
-        now = time.monotonic()
-        timeouts = [crew.attend() for crew in self._crews]
+        timeouts = [*(crew.attend() for crew in self._crews), *(timer.attend() for timer in self._timers)]
         self._crews = [crew for crew in self._crews if not crew.is_done()]
         if self._once and self._chosen and not self._connections():
             self._stopping.set()
@@ -314,8 +317,9 @@ class Server:
         watched: dict[int, Callable[[], None]] = {self._woken.fileno(): self._on_wake, **self._watched}
         for crew in self._crews:
             watched |= crew.watched()
-        if now < self._pause_until:
-            timeouts.append(self._pause_until - now)
+        pause = self._pause_until - time.monotonic()
+        if pause > 0:
+            timeouts.append(pause)
         elif self._crews[-1].is_ready():
             watched |= {each.socket.fileno(): partial(self._accept, each) for each in self.listeners}
         poll = select.poll()
@@ -358,6 +362,22 @@ class Server:
             crew.retire()
         self._woken.close()
         self._waker.close()
+
+
+class _Timer:
+    """Calls something every so many seconds."""
+
+    def __init__(self, seconds: float, call: Callable[[], None]) -> None:
+        self._seconds = seconds
+        self._call = call
+        self._due = time.monotonic() + seconds
+
+    def attend(self) -> float:
+        """Call it if it is time. Gives the seconds until it is again."""
+        if time.monotonic() >= self._due:
+            self._call()
+            self._due = time.monotonic() + self._seconds
+        return self._due - time.monotonic()
 
 
 def _soonest(timeouts: Iterable[float | None]) -> float | None:

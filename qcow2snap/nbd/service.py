@@ -1,15 +1,16 @@
-"""A server as a program: the signals that stop it and that make it look at its images again. Needs the main thread."""
+"""A server as a program: its signals, its images opened again, its pid file, its parent's end. For the main thread."""
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NamedTuple
 
-from qcow2snap.block.node import Qcow2SnapError
+from qcow2snap.block.node import FileError, Qcow2SnapError, UnsupportedFeature
 from qcow2snap.nbd.export import Exports
 from qcow2snap.nbd.server import Server
 
@@ -24,11 +25,12 @@ class Offer(NamedTuple):
 
     exports: Exports
     close: Callable[[], None]  # the images
+    state: object = None  # of the images; equal if a client could see no difference
 
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Keep the signals until `run` can obey them, so that none of them leaves a socket behind."""
+    """Keep the signals until `Service.run` can obey them, so that none of them leaves a socket or a file behind."""
     signals = {*STOP_SIGNALS, REFRESH_SIGNAL}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
@@ -37,38 +39,90 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def run(server: Server, reopen: Callable[[], Offer] | None = None) -> None:
-    """Serve until SIGINT or SIGTERM, or until the server stops by itself. SIGHUP opens the images anew.
+@contextmanager
+def pid_file(path: str | None) -> Iterator[None]:
+    """Our process id in a file, whole or not at all, as long as we run."""
+    if path is None:
+        yield
+        return
+    own = f"{path}.{os.getpid()}"
+    try:
+        with open(own, "x") as file:
+            file.write(f"{os.getpid()}\n")
+        os.rename(own, path)
+    except (OSError, ValueError) as error:
+        with suppress(OSError, ValueError):
+            os.unlink(own)
+        raise FileError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(path)
 
-    Clients that come then see the new state; those that are there stay with theirs. Without `reopen` it does nothing.
-    """
 
-    def stop(number: int, frame: FrameType | None) -> None:
+def stop_with_parent(server: Server) -> None:
+    """Stop when the process that started this one ends, however it does."""
+    parent = os.getppid()
+    try:
+        server.watch(os.pidfd_open(parent), server.request_stop)
+    except ProcessLookupError:
+        server.request_stop()
+    except OSError as error:
+        raise UnsupportedFeature(f"--exit-with-parent needs Linux 5.3 or later: {error.strerror}") from error
+    if os.getppid() != parent:  # it ended before it could be watched
         server.request_stop()
 
-    def refresh(number: int, frame: FrameType | None) -> None:
-        if reopen is not None:
-            server.call_soon(lambda: _refresh(server, reopen))
 
-    previous = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
-    previous[REFRESH_SIGNAL] = signal.signal(REFRESH_SIGNAL, refresh)
-    # The loop waits in poll(): this wakes it at once, where the handlers alone could come a moment too early.
-    previous_descriptor = signal.set_wakeup_fd(server.wakeup_descriptor, warn_on_full_buffer=False)
-    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, previous)
-    try:
-        server.run()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.set_wakeup_fd(previous_descriptor)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+class Service:
+    """Runs a server until a signal comes, and offers what its images have by then when SIGHUP comes.
 
+    Clients that come after that see the new state; those that are there stay with theirs. The images have been opened
+    once already: `offer`. Where they cannot be opened again, the log says so and all stays as it is.
+    """
 
-def _refresh(server: Server, reopen: Callable[[], Offer]) -> None:
-    try:
-        offer = reopen()
-    except (Qcow2SnapError, OSError) as error:
-        logger.warning("the images cannot be opened again, and are served as they were: %s", error)
-        return
-    server.refresh(offer.exports, close=offer.close)
-    logger.info("the images were opened again: %d exports", len(offer.exports))
+    def __init__(self, server: Server, offer: Offer, reopen: Callable[[], Offer] | None = None) -> None:
+        """Without `reopen`, SIGHUP does nothing."""
+        self._server = server
+        self._state = offer.state
+        self._reopen = reopen
+
+    def run(self) -> None:
+        previous = {number: signal.signal(number, self._on_stop) for number in STOP_SIGNALS}
+        previous[REFRESH_SIGNAL] = signal.signal(REFRESH_SIGNAL, self._on_refresh)
+        # The loop waits in poll(): this wakes it at once, where the handlers alone could come a moment too early.
+        previous_descriptor = signal.set_wakeup_fd(self._server.wakeup_descriptor, warn_on_full_buffer=False)
+        mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, previous)
+        try:
+            self._server.run()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            signal.set_wakeup_fd(previous_descriptor)
+            self._server.stop()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def refresh_every(self, seconds: float) -> None:
+        """Look at the images so often, and offer what is new in them."""
+        self._server.call_every(seconds, lambda: self._refresh(if_changed=True))
+
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        self._server.request_stop()
+
+    def _on_refresh(self, number: int, frame: FrameType | None) -> None:
+        self._server.call_soon(lambda: self._refresh(if_changed=False))
+
+    def _refresh(self, *, if_changed: bool) -> None:
+        if self._reopen is None:
+            return
+        try:
+            offer = self._reopen()
+        except (Qcow2SnapError, OSError) as error:
+            logger.warning("the images cannot be opened again, and are served as they were: %s", error)
+            return
+        if if_changed and offer.state == self._state:
+            offer.close()
+            return
+        self._state = offer.state
+        self._server.refresh(offer.exports, close=offer.close)
+        logger.info("the images were opened again: %d exports", len(offer.exports))

@@ -10,20 +10,29 @@ from qcow2snap.block.node import NBDError
 
 
 class URI(NamedTuple):
-    """Where an export is: on a Unix socket if `socket` is set, else at `host` and `port`. "" is the default export."""
+    """Where an export is: on a Unix socket if `socket` is set, on vsock if `cid` is, else at `host`; "" is the default.
+
+    cid  the machine's vsock address
+    tls  connections use TLS
+    """
 
     export: str = ""
     socket: str = ""
     host: str = ""
     port: int = NBD_PORT
+    cid: int | None = None
+    tls: bool = False
 
     def __str__(self) -> str:
         name = quote(self.export, safe="")
+        scheme = "nbds" if self.tls else "nbd"
         if self.socket:
-            return f"nbd+unix:///{name}?socket={quote(self.socket, safe='/')}"
-        host = f"[{quote(self.host, safe=':')}]" if ":" in self.host else self.host
+            return f"{scheme}+unix:///{name}?socket={quote(self.socket, safe='/')}"
         port = "" if self.port == NBD_PORT else f":{self.port}"
-        return f"nbd://{host}{port}/{name}"
+        if self.cid is not None:
+            return f"{scheme}+vsock://{self.cid}{port}/{name}"
+        host = f"[{quote(self.host, safe=':')}]" if ":" in self.host else self.host
+        return f"{scheme}://{host}{port}/{name}"
 
 
 def parse(text: str) -> URI:
