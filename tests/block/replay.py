@@ -39,8 +39,11 @@ class History:
     content: bytearray
     snapshots: dict[Key, bytes] = field(default_factory=dict)
 
-    def write(self, offset: int, length: int, value: int) -> None:
-        self.qemu.io(f"write -P {value} {offset} {length}")
+    def write(self, offset: int, length: int, value: int, *, compressed: bool = False) -> None:
+        """Compressed: one cluster at a time, and only where nothing else was ever written."""
+        step = table.cluster_size(self.path) if compressed else length
+        for start in range(offset, offset + length, step):
+            self.qemu.io(f"write {'-c ' if compressed else ''}-P {value} {start} {step}")
         self.content[offset : offset + length] = bytes([value]) * length
 
     def discard(self, offset: int, length: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
+import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -36,7 +37,8 @@ class RunningQemu:
         command = [require("qemu-system-x86_64"), "-nodefaults", "-display", "none", *self._machine]
         command += ["-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-mon", "chardev=qmp,mode=control"]
         command += ["-blockdev", json.dumps(self._node)]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.DEVNULL)
+        self._printed = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=self._printed)
         theirs.close()
         self._socket, self._lines = ours, ours.makefile("rb")
         self._lines.readline()  # the greeting
@@ -54,6 +56,11 @@ class RunningQemu:
             self._process.wait()
             self._lines.close()
             self._socket.close()
+            self._printed.seek(0)
+            printed = self._printed.read()
+            self._printed.close()
+        if b"fail" in printed or b"rror" in printed:
+            raise ToolFailed(printed[-1000:].decode(errors="replace"))
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """A QMP command's return value. Underscores in names are hyphens."""
@@ -68,10 +75,8 @@ class RunningQemu:
         raise ToolFailed(f"QEMU ended during {command}")
 
     def io(self, command: str) -> None:
-        """A qemu-io command on the disk."""
-        said = self.execute("human-monitor-command", command_line=f'qemu-io disk "{command}"')
-        if "rror" in said or "failed" in said:
-            raise ToolFailed(f"{command}: {said}")
+        """A qemu-io command on the disk. That it failed comes out at the end, when QEMU gives away what it printed."""
+        self.execute("human-monitor-command", command_line=f'qemu-io disk "{command}"')
 
     def snapshot(self, name: str) -> None:
         self.execute("blockdev-snapshot-internal-sync", device="disk", name=name)
