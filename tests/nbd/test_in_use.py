@@ -1,0 +1,133 @@
+"""Clients of `serve -U` while QEMU writes the image, makes and deletes snapshots: right bytes, or EIO and why."""
+
+from __future__ import annotations
+
+import random
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from formats import nbd
+from formats.nbd import Command, Errno, ReplyChunkType, ReplyFlag
+from qcow2snap.nbd.client import Client, ReplyError
+from qcow2snap.nbd.uri import URI
+from tests.nbd.test_serve import Serving
+from tests.support import Image
+from tests.support.busy import BLOCK, BusyDisk, Key
+
+NewImage = Callable[..., Image]
+SECONDS = 15
+GONE = "was deleted from the image"
+
+
+def read_together(client: Client, ranges: list[tuple[int, int]]) -> list[bytes | ReplyError]:
+    """Several reads in flight: the data of each, or the error in its place."""
+    sock: socket.socket = client._socket
+    requests = [
+        nbd.REQUEST.pack(nbd.NBD_REQUEST_MAGIC, 0, Command.READ, cookie, offset, length)
+        for cookie, (offset, length) in enumerate(ranges)
+    ]
+    sock.sendall(b"".join(requests))
+    stream = sock.makefile("rb")
+    buffers = [bytearray(length) for _, length in ranges]
+    answers: dict[int, bytes | ReplyError] = {}
+    while len(answers) < len(ranges):
+        head = stream.read(nbd.STRUCTURED_REPLY_CHUNK.size)
+        _, flags, chunk_type, cookie, length = nbd.STRUCTURED_REPLY_CHUNK.unpack(head)
+        payload = stream.read(length)
+        if chunk_type == ReplyChunkType.OFFSET_DATA:
+            at = int.from_bytes(payload[:8], "big") - ranges[cookie][0]
+            buffers[cookie][at : at + length - 8] = payload[8:]
+        elif chunk_type == ReplyChunkType.ERROR:
+            error = nbd.Error.parse(payload)
+            answers[cookie] = ReplyError(error.error, error.message.decode())
+        if flags & ReplyFlag.DONE:
+            answers.setdefault(cookie, bytes(buffers[cookie]))
+    stream.detach()
+    return [answers[cookie] for cookie in range(len(ranges))]
+
+
+class Reader(threading.Thread):
+    """A client that connects again when a snapshot is gone. Which one of a name it has follows from what it reads."""
+
+    def __init__(self, disk: BusyDisk, path: Path, seed: int, deadline: float) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+        self.failure: BaseException | None = None
+        self._disk, self._path, self._deadline = disk, path, deadline
+        self._random = random.Random(seed)
+
+    def run(self) -> None:
+        try:
+            while time.monotonic() < self._deadline:
+                name = self._random.choice(["kept", *["daily", "hourly", "now"] * 3])
+                with Client.connect(URI(socket=str(self._path))) as client:
+                    try:
+                        client.go(name)
+                    except ReplyError:
+                        assert name != "kept"  # the others may have been away when the image was opened
+                        continue
+                    self._read(client, name)
+        except BaseException as failure:
+            self.failure = failure
+
+    def _read(self, client: Client, name: str) -> None:
+        keys = self._disk.keys_named(name)
+        for _ in range(200 if name != "kept" else 20):
+            if time.monotonic() > self._deadline:
+                break
+            length = self._random.choice([512, BLOCK, BLOCK, 16 * BLOCK, 100 * BLOCK])
+            count = self._random.choice([1, 16]) if length <= 16 * BLOCK else 1
+            ranges = [(self._random.randrange(0, client.size - length + 1, 512), length) for _ in range(count)]
+            failed = 0
+            for (offset, _), answer in zip(ranges, read_together(client, ranges), strict=True):
+                if isinstance(answer, ReplyError):
+                    assert answer.error == Errno.EIO
+                    assert GONE in str(answer)
+                    failed += 1
+                else:
+                    keys = self._who_holds(answer, offset, keys)
+            if failed:
+                assert name != "kept"
+                assert self._disk.deleted & set(keys), "called gone while it stood"
+                self.count["gone"] += 1
+                with pytest.raises(ReplyError, match=GONE):  # for ever
+                    client.pread(0, 512)
+                return
+
+    def _who_holds(self, data: bytes, offset: int, keys: list[Key]) -> list[Key]:
+        """Those of these snapshots that hold these bytes."""
+        holders = [key for key in keys if self._disk.expected(key, offset, len(data)) == data]
+        assert holders, f"bytes at {offset} that none of {keys[-3:]} has"
+        self.count["bytes"] += len(data)
+        self.count["right"] += 1
+        return holders
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("discard", ["unmap", "ignore"])
+def test_clients_get_what_the_snapshot_holds_or_hear_that_it_is_gone(tmp_path: Path, discard: str) -> None:
+    with BusyDisk(tmp_path / "disk.qcow2", discard=discard) as disk:
+        serving = Serving("-U", disk.path, "-k", tmp_path / "s")
+        try:
+            readers = [Reader(disk, tmp_path / "s", seed, time.monotonic() + SECONDS) for seed in range(2)]
+            for reader in readers:
+                reader.start()
+            while any(reader.is_alive() for reader in readers):
+                serving.process.send_signal(signal.SIGHUP)  # new snapshots
+                readers[0].join(0.2)
+        finally:
+            for reader in readers:
+                reader.join()
+            serving.stop()
+    for reader in readers:
+        if reader.failure is not None:
+            raise reader.failure
+        assert reader.count["right"] > 500
+        assert reader.count["gone"] > 5
