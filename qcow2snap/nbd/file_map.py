@@ -71,16 +71,27 @@ class FileMap:
         except OSError as error:
             return self._may_wait(error) and self.read_at_hand(offset, buffer)
 
-    def extent(self, offset: int, length: int) -> Extent | None:
-        """The range as one extent, if it is one and within a window. Not for a node that has to be confirmed."""
-        window = self._windows.get(offset // WINDOW) or self._look_up(offset // WINDOW)
-        index = bisect_right(window.starts, offset) - 1
-        if index < 0 or offset + length > window.ends[index]:
-            return None
-        file = window.files[index]
-        if file is None:
-            return Extent(offset, length, Status.ZERO)
-        return Extent(offset, length, _DATA, 0, file, offset + window.shifts[index])
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        """The extents of a range, none if it is not all in files or zeros. Not for a node that has to be confirmed."""
+        found = []
+        end = offset + length
+        while offset < end:
+            window = self._windows.get(offset // WINDOW) or self._look_up(offset // WINDOW)
+            starts, ends, shifts, files = window
+            stop = min(end, (offset // WINDOW + 1) * WINDOW)
+            index = bisect_right(starts, offset) - 1
+            while offset < stop:
+                if not 0 <= index < len(starts) or not starts[index] <= offset < ends[index]:
+                    return []
+                run = min(ends[index], stop) - offset
+                file = files[index]
+                if file is None:
+                    found.append(Extent(offset, run, Status.ZERO))
+                else:
+                    found.append(Extent(offset, run, _DATA, 0, file, offset + shifts[index]))
+                offset += run
+                index += 1
+        return found
 
     def is_at_hand(self, file: HostFile, file_offset: int) -> bool:
         """Whether a byte of a file can be read without waiting."""

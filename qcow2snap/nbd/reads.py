@@ -19,7 +19,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from itertools import islice
+from itertools import groupby, islice
+from operator import attrgetter
 from typing import NamedTuple
 
 from formats.nbd import ReplyFlag
@@ -30,6 +31,7 @@ from qcow2snap.nbd.negotiation import Agreement
 from qcow2snap.nbd.transmission import Answers, Part, parts_of
 
 SENDFILE = 1 << 15  # bytes from which on sendfile is worth its two system calls
+MAX_MAPPED = 1 << 21  # bytes; where more lie, only the node is asked
 MAX_PENDING = 1 << 10  # reads put aside; beyond that no more requests are taken
 PATIENCE = 500e-6  # seconds of answering what was put aside, before there is another look at what has arrived
 
@@ -160,9 +162,12 @@ class Reads:
     # Long reads: holes by themselves, and what lies in files straight from there.
 
     def _read_long(self, cookie: int, offset: int, length: int, whole: bool) -> None:
-        known = None if self._node.must_confirm else self._file_map.extent(offset, length)
+        extents: tuple[Extent, ...] = ()
+        if length <= MAX_MAPPED and not self._node.must_confirm:
+            extents = tuple(self._file_map.extents(offset, length))
         try:
-            extents = (known,) if known else tuple(self._node.block_status(offset, length, want_zero=False))
+            if not extents:
+                extents = tuple(self._node.block_status(offset, length, want_zero=False))
         except Qcow2SnapError as error:
             self._out.write(self._answers.error(cookie, offset, error))
             return
@@ -190,22 +195,27 @@ class Reads:
             if whole or not isinstance(framing, StructuredReplies):
                 self._content(framing.data_header(cookie, offset, offset, length), parts, length)
             else:
-                for part in parts:
-                    self._chunks(framing, cookie, offset, part)
+                for zero, group in groupby(parts, key=_is_zero):
+                    self._chunk(framing, cookie, offset, zero, tuple(group))
             if framing.structured:
                 out.write(framing.done(cookie, offset))
         except Qcow2SnapError as error:
             out.write(self._answers.error(cookie, offset, error))
 
-    def _chunks(self, framing: StructuredReplies, cookie: int, request_offset: int, part: Part) -> None:
-        if part.zero:
-            self._out.write(framing.hole(cookie, request_offset, part.offset, part.length))
-        elif part.extent is not None:
-            self._content(framing.data_header(cookie, request_offset, part.offset, part.length), [part], part.length)
-        else:
-            for offset in range(part.offset, part.end, PIECE):
-                piece = Part(offset, min(PIECE, part.end - offset), zero=False)
-                self._content(framing.data_header(cookie, request_offset, offset, piece.length), [piece], piece.length)
+    def _chunk(
+        self, framing: StructuredReplies, cookie: int, request_offset: int, zero: bool, parts: Sequence[Part]
+    ) -> None:
+        """Neighbours of one kind, as one piece: a client takes that best, wherever in files it comes from."""
+        offset = parts[0].offset
+        length = parts[-1].end - offset
+        if zero:
+            self._out.write(framing.hole(cookie, request_offset, offset, length))
+        elif len(parts) > 1 or parts[0].extent is not None:
+            self._content(framing.data_header(cookie, request_offset, offset, length), parts, length)
+        else:  # so that little is promised before it is read
+            for start in range(offset, offset + length, PIECE):
+                piece = Part(start, min(PIECE, offset + length - start), zero=False)
+                self._content(framing.data_header(cookie, request_offset, start, piece.length), [piece], piece.length)
 
     def _content(self, header: bytes, parts: Sequence[Part], length: int) -> None:
         """A header and `length` bytes behind it. Where the node fails, its error is raised: an error chunk may follow.
@@ -247,3 +257,6 @@ class Reads:
                 out.used = start
                 raise
             offset += piece
+
+
+_is_zero = attrgetter("zero")
