@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from qcow2snap.block import graph, pool
-from qcow2snap.block.node import ImageFormatError
+from qcow2snap.block.node import ImageFormatError, OutOfRange
 from qcow2snap.block.qcow2 import compressed
 from tests.conftest import NewImage
 
@@ -41,10 +41,10 @@ def compressed_image(new_image: NewImage, clusters: int) -> Path:
 
 def wait_for_pool() -> None:
     """Until all that was submitted is done."""
-    count = pool.thread_pool()._max_workers
+    count = pool.thread_pool().size
     barrier = threading.Barrier(count + 1)
     for _ in range(count):
-        pool.thread_pool().submit(barrier.wait, 20)
+        pool.thread_pool().submit(partial(barrier.wait, 20))
     barrier.wait(20)
 
 
@@ -66,13 +66,13 @@ def test_what_the_pool_has_not_begun_is_taken_by_the_reader(
 ) -> None:
     node = graph.open_image(str(compressed_image(new_image, 3)))
     busy = threading.Event()
-    with ThreadPoolExecutor(1) as one:
-        monkeypatch.setattr(compressed, "thread_pool", lambda: one)
-        one.submit(busy.wait, 20)
-        node.prefetch(0, 3 * CLUSTER)
-        assert node.pread(CLUSTER, 4) == bytes([2]) * 4
-        assert counted == [threading.current_thread().name]
-        busy.set()
+    one = pool.ThreadPool(1)
+    monkeypatch.setattr(compressed, "thread_pool", lambda: one)
+    one.submit(partial(busy.wait, 20))
+    node.prefetch(0, 3 * CLUSTER)
+    assert node.pread(CLUSTER, 4) == bytes([2]) * 4
+    assert counted == [threading.current_thread().name]
+    busy.set()
     assert node.pread(0, 1) + node.pread(2 * CLUSTER, 1) == bytes([1, 3])
     assert len(counted) == 3
     node.close()
@@ -126,4 +126,22 @@ def test_a_child_of_a_fork_makes_a_pool_of_its_own(new_image: NewImage) -> None:
             os._exit(2)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
+    node.close()
+
+
+def test_pieces_of_a_compressed_cluster_are_those_of_the_whole(new_image: NewImage) -> None:
+    image = new_image(3 * CLUSTER + 512)
+    image.write(0, 2 * CLUSTER, compressed=True)  # no two lines are alike
+    image.write(2 * CLUSTER, CLUSTER + 512)
+    image.snapshot("before").write(0, CLUSTER)
+    node = graph.open_image(str(image.path))
+    for view in node.view(None), node.view(node.find_snapshot("before")):
+        whole = view.pread(0, view.size)
+        for offset in range(0, view.size, 1536):  # some within the cluster of the piece before, some beyond
+            length = min(1536, view.size - offset)
+            halves = bytearray(length // 2), bytearray(length - length // 2)
+            view.preadv(offset, halves)
+            assert view.pread(offset, length) == b"".join(halves) == whole[offset : offset + length]
+        with pytest.raises(OutOfRange):
+            view.pread(view.size - 512, 513)
     node.close()
