@@ -20,6 +20,7 @@ from qcow2snap.block.raw import RawNode
 from qcow2snap.cli import options
 from qcow2snap.nbd.export import Exports, exports_of, joined, prefix_of
 from qcow2snap.nbd.listen import Listener, listen_at_all, listen_tcp, listen_unix, listen_vsock, passed_listeners
+from qcow2snap.nbd.log import LogHandler
 from qcow2snap.nbd.server import Server
 from qcow2snap.nbd.service import Offer, Service, pid_file, signals_held, stop_with_parent
 
@@ -152,7 +153,7 @@ def command(
     \b
         nbdcopy -- [ qcow2snap serve disk.qcow2 -s monday ] monday.raw
     """
-    logging.basicConfig(format="qcow2snap: %(message)s", level=logging.INFO if verbose else logging.WARNING)
+    logging.basicConfig(handlers=[LogHandler()], level=logging.INFO if verbose else logging.WARNING)
     named = _prefixed(images, prefixes)
     places = _places(sockets, hosts, ports, vsock)
     passed = passed_listeners()

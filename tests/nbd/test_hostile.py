@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import resource
+import signal
 import socket
 import struct
 import threading
@@ -460,6 +461,26 @@ def test_a_server_without_descriptors_serves_on_and_recovers(image: Image, tmp_p
     finally:
         honest.leave()
         assert target.serving.stop() == 0
+
+
+def test_a_log_that_nobody_reads_holds_up_nobody_and_does_not_grow_with_the_attack(
+    image: Image, tmp_path: Path
+) -> None:
+    serving = Serving(image.path, "-k", tmp_path / "s", "--max-connections", "1")  # its standard error is a pipe
+    with socket.socket(socket.AF_UNIX) as first:
+        first.connect(str(tmp_path / "s"))
+        first.settimeout(PATIENCE)
+        receive = handshake(first, SIMPLE_REPLIES, b"monday")
+        for _ in range(3000):
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(str(tmp_path / "s"))
+                ends(sock)
+        first.sendall(packed(read(5, 9)))
+        assert receive(16 + 9)[16:] == image.reference("monday").read()[5:14]
+    serving.process.send_signal(signal.SIGTERM)
+    said = serving.process.communicate(timeout=PATIENCE)[1].decode()
+    assert "refused: 1 connections are all there can be" in said
+    assert 100 <= said.count("\n") < 1000
 
 
 def test_connections_that_are_reset_over_tcp_leave_nothing_behind(image: Image, tmp_path: Path) -> None:
