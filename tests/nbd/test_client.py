@@ -1,30 +1,30 @@
-"""Our client, against three servers, and against servers that lie."""
+"""Our client, against our server and others."""
 
 from __future__ import annotations
 
+import io
 import os
-import shutil
-import socket
-import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from formats import nbd
-from formats.nbd import CommandFlag, Errno, InfoType, OptionType, ReplyType, State
+from formats.nbd import Command, CommandFlag, Errno, ReplyType, State
+from qcow2snap.block.graph import open_raw
 from qcow2snap.block.node import NBDError
-from qcow2snap.nbd import uri as nbd_uri
-from qcow2snap.nbd.client import Client, ReplyError
+from qcow2snap.nbd.client import ALLOCATION, Client, ReplyError, Request
+from qcow2snap.nbd.client.copy import copy
+from qcow2snap.nbd.framing import EXTENDED_HEADERS, SIMPLE_REPLIES, STRUCTURED_REPLIES, Framing
 from qcow2snap.nbd.uri import URI
 from tests.nbd.support import NewNode, Serve, ZeroNode, exports
+from tests.nbd.test_newer_peers import peers  # noqa: F401  # a fixture
 from tests.support import require
+
+FRAMINGS = [SIMPLE_REPLIES, STRUCTURED_REPLIES, EXTENDED_HEADERS]
 
 
 def test_it_lists_describes_and_reads(new_node: NewNode, serve: Serve) -> None:
@@ -52,10 +52,134 @@ def test_it_lists_describes_and_reads(new_node: NewNode, serve: Serve) -> None:
         assert client.pread(5, 5) == node.content[5:10]
 
 
-@pytest.fixture(params=["qemu-nbd", "nbdkit"])
-def peer(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, bytes]]:
-    """Another server's export of 1 MiB, a hole in its middle."""
-    program = require(request.param)
+HELD_BACK = [
+    {"extended_headers": False, "structured_replies": False},
+    {"extended_headers": False},
+    {"structured_replies": False},
+]
+EACH = pytest.mark.parametrize(("options", "framing"), list(zip(HELD_BACK, FRAMINGS, strict=True)))
+
+
+@EACH
+def test_each_framing_does_the_same(
+    new_node: NewNode, serve: Serve, options: dict[str, bool], framing: Framing
+) -> None:
+    node = new_node(("file", 1 << 20), ("bad", 4096), ("zero", 1 << 20), ("memory", 12345))
+    with Client.connect(serve(exports(default=node)).listeners[0].uri, **options) as client:
+        client.go()
+        assert client.framing is framing
+        assert client.pread(3, 1 << 19) == node.content[3 : 3 + (1 << 19)]
+        assert client.pread(2 << 20, node.size - (2 << 20)) == node.content[2 << 20 :]
+        with pytest.raises(ReplyError, match=r"EIO: .*damaged" if framing.structured else "EIO"):
+            client.pread(1 << 20, 10)
+        assert client.pread(7, 0) == b""
+        assert sum(length for _, length, _ in client.extents()) == node.size if framing.structured else True
+
+
+@EACH
+def test_each_framing_writes(tmp_path: Path, serve: Serve, options: dict[str, bool], framing: Framing) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"x" * (40 << 20))
+    node = open_raw(str(path), writable=True)
+    data = bytes(range(256)) * (35 << 12)  # more than one request may hold
+    with Client.connect(serve(exports(default=node)).listeners[0].uri, **options) as client:
+        client.go()
+        client.pwrite(77, data, flags=CommandFlag.FUA)
+        client.write_zeroes(1000, 2000, flags=CommandFlag.NO_HOLE)
+        client.write_zeroes(1 << 20, 1 << 20, flags=CommandFlag.FAST_ZERO)
+        client.trim(5 << 20, 1 << 20)
+        client.flush()
+        with pytest.raises(ReplyError) as refused:
+            client.pwrite(node.size - 1, b"12")
+        assert refused.value.error == Errno.ENOSPC
+        assert client.pread(77, len(data))[: 1000 - 77] == data[: 1000 - 77]
+        assert client.pread(0, node.size) == path.read_bytes()
+    node.close()
+    expected = bytearray((b"x" * 77 + data).ljust(40 << 20, b"x"))
+    for start, length in ((1000, 2000), (1 << 20, 1 << 20), (5 << 20, 1 << 20)):
+        expected[start : start + length] = bytes(length)
+    assert path.read_bytes() == expected
+
+
+@EACH
+def test_many_requests_are_in_flight(
+    new_node: NewNode, serve: Serve, options: dict[str, bool], framing: Framing
+) -> None:
+    node = new_node(*[("file", 70_000), ("zero", 30_000), ("memory", 50_000)] * 5, ("bad", 4096))
+    asked = [Request(Command.READ, at % (node.size - 5000), 5000) for at in range(0, 3_000_000, 7001)]
+    asked.insert(50, Request(Command.READ, node.size - 1, 2))
+    with Client.connect(serve(exports(default=node)).listeners[0].uri, **options) as client:
+        client.go()
+        replies = list(client.submit(asked, depth=64))
+        assert sorted(reply.request for reply in replies) == sorted(asked)
+        for reply in replies:
+            start, end = reply.request.offset, reply.request.offset + reply.request.length
+            bad = any(start < high and low < end for low, high in node.bad)
+            if reply.error:
+                assert bad or end > node.size
+            else:
+                assert not bad
+                assert reply.data == node.content[start:end]
+
+
+def test_writes_and_reads_in_flight_do_not_wait_for_each_other(tmp_path: Path, serve: Serve) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"x" * (16 << 20))
+    node = open_raw(str(path), writable=True)
+    with Client.connect(serve(exports(default=node)).listeners[0].uri, timeout=10) as client:
+        client.go()
+        asked = []
+        for number in range(8):
+            asked.append(Request(Command.READ, number << 20, 4 << 20))
+            asked.append(Request(Command.WRITE, number << 20, payload=bytes(4 << 20)))
+        assert not any(reply.error for reply in client.submit(asked, depth=8))
+    node.close()
+
+
+def test_what_is_in_flight_has_to_be_taken_first(serve: Serve) -> None:
+    with Client.connect(serve(exports(default=ZeroNode(1 << 20))).listeners[0].uri) as client:
+        with pytest.raises(NBDError, match="no export"):
+            client.pread(0, 1)
+        client.go()
+        replies = client.submit([Request(Command.READ, 0, 512)] * 3)
+        next(replies)
+        with pytest.raises(NBDError, match="not taken"):
+            client.pread(0, 1)
+        assert len(list(replies)) == 2
+        assert client.pread(0, 1) == b"\0"
+
+
+def test_terabytes_of_status_take_one_request(serve: Serve) -> None:
+    size = (5 << 40) + 123
+    where = serve(exports(default=ZeroNode(size))).listeners[0].uri
+    with Client.connect(where) as client:
+        client.go()
+        assert client.block_status(0, size) == [(size, 3)]
+        assert client.block_status(5, size - 5, flags=CommandFlag.REQ_ONE) == [(size - 5, 3)]
+    with Client.connect(where, extended_headers=False) as client:
+        client.go()
+        assert sum(length for _, length, _ in client.extents()) == size
+
+
+def test_statuses_of_several_contexts_come_at_once(new_node: NewNode, serve: Serve) -> None:
+    where = serve(exports(default=new_node(("file", 4096), ("zero", 4096)))).listeners[0].uri
+    depth = "qemu:allocation-depth"
+    for options in HELD_BACK[1:]:
+        with Client.connect(where, **options) as client:
+            client.go(contexts=[depth, ALLOCATION, "y:none"])
+            assert client.contexts == {depth, ALLOCATION}
+            allocation, depths = [(4096, 0), (4096, 3)], [(4096, 1), (4096, 0)]
+            assert client.block_statuses(0, 8192) == {ALLOCATION: allocation, depth: depths}
+            assert client.block_statuses(0, 8192, [depth]) == {depth: depths}
+            assert client.block_status(0, 8192) == allocation
+            with pytest.raises(NBDError, match="y:none"):
+                client.block_status(0, 512, "y:none")
+
+
+@pytest.fixture(params=["qemu-nbd", "nbdkit", "nbdkit --no-sr", "newer qemu-nbd"])
+def peer(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, bytes, str]]:
+    """Another server's export of 1 MiB, a hole in its middle, which may be written."""
+    name = request.param
     content = bytes(range(1, 256)) * 1200
     content = content.ljust(700_000, b"\0") + content
     content = content.ljust(1 << 20, b"\1")
@@ -65,27 +189,51 @@ def peer(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, 
         out.write(content[:306_000])
         out.seek(700_000)
         out.write(content[700_000:])
-    if request.param == "qemu-nbd":
-        command = [program, "-r", "-t", "-f", "raw", "-k", str(path), "-x", "x y", str(disk)]
+    if name.startswith("nbdkit"):
+        command = [*name.replace("nbdkit", require("nbdkit")).split(), "-f", "-U", str(path), "file", str(disk)]
     else:
-        command = [program, "-f", "-r", "-U", str(path), "file", str(disk)]
+        program = request.getfixturevalue("peers") / "qemu-nbd" if "newer" in name else require("qemu-nbd")
+        command = [str(program), "-t", "-e", "4", "-f", "raw", "-k", str(path), "-x", "x y", str(disk)]
     server = subprocess.Popen(command)
+    where = URI("x y", socket=str(path))
     for _ in range(200):
-        if path.exists():
+        with suppress(NBDError):  # the socket may be there, and nobody listens yet
+            Client.connect(where).close()
             break
         time.sleep(0.05)
-    yield str(URI("x y", socket=str(path))), content
+    yield str(where), content, name
     server.terminate()
     server.wait(20)
 
 
-def test_it_reads_qemus_and_nbdkits_exports(peer: tuple[str, bytes]) -> None:
-    where, content = peer
-    with Client.connect(where) as client:
+@pytest.mark.parametrize("options", [{}, *HELD_BACK])
+def test_it_reads_and_writes_other_servers_exports(peer: tuple[str, bytes, str], options: dict[str, bool]) -> None:
+    where, content, name = peer
+    with Client.connect(where, **options) as client:
         assert client.go("x y").size == len(content)
+        if not options:
+            assert client.framing.extended == ("newer" in name)
+            assert client.framing.structured == ("no-sr" not in name)
         assert client.pread(0, len(content)) == content
-        assert any(flags & State.ZERO for _, _, flags in client.extents())
-        assert sum(length for _, length, _ in client.extents()) == len(content)
+        assert client.pread(77, 1) == content[77:78]
+        if ALLOCATION in client.contexts:
+            assert any(flags & State.ZERO for _, _, flags in client.extents())
+            assert sum(length for _, length, _ in client.extents()) == len(content)
+        assert client.framing.structured == bool(client.contexts)
+        out = io.BytesIO()
+        copy(client, out, sparse=False)
+        assert out.getvalue() == content
+        client.pwrite(512, b"written" * 512, flags=CommandFlag.FUA)
+        client.write_zeroes(8192, 4096, flags=CommandFlag.NO_HOLE)
+        client.trim(65536, 65536)
+        client.flush()
+        after = client.pread(0, len(content))
+        assert after[512 : 512 + 7 * 512] == b"written" * 512
+        assert after[8192:12288] == bytes(4096)
+        assert after[131072:] == content[131072:]
+        with pytest.raises(ReplyError) as refused:
+            client.pread(len(content), 512)
+        assert refused.value.error == Errno.EINVAL
 
 
 @pytest.mark.parametrize("output", ["file", "stdout"])
@@ -116,150 +264,3 @@ def test_as_a_program_it_says_in_one_line_what_failed(tmp_path: Path) -> None:
     assert client("http://x", "out")[0] == 1
     assert client("nbd://x")[0] == 2
     assert not os.path.exists("out")
-
-
-# Servers that lie.
-
-
-def told(server_says: bytes) -> Client:
-    """A client of a server that says this, whatever it is asked."""
-    ours, theirs = socket.socketpair()
-
-    def speak() -> None:
-        try:
-            theirs.sendall(server_says)
-            theirs.shutdown(socket.SHUT_WR)
-            while theirs.recv(4096):
-                pass
-        except OSError:
-            pass
-        theirs.close()
-
-    threading.Thread(target=speak, daemon=True).start()
-    ours.settimeout(20)
-    return Client(ours)
-
-
-GREETING = b"NBDMAGICIHAVEOPT\0\3"
-
-
-def reply(option: int, kind: int, data: bytes = b"", *, length: int | None = None) -> bytes:
-    size = len(data) if length is None else length
-    return struct.pack(">QIII", nbd.NBD_REP_MAGIC, option, kind, size) + data
-
-
-ACCEPTED = (
-    GREETING
-    + reply(OptionType.STRUCTURED_REPLY, ReplyType.ACK)
-    + reply(OptionType.SET_META_CONTEXT, ReplyType.META_CONTEXT, b"\0\0\0\0base:allocation")
-    + reply(OptionType.SET_META_CONTEXT, ReplyType.ACK)
-    + reply(OptionType.GO, ReplyType.INFO, struct.pack(">HQH", InfoType.EXPORT, 1 << 20, 1))
-    + reply(OptionType.GO, ReplyType.ACK)
-)
-
-
-@pytest.mark.parametrize(
-    "says",
-    [
-        b"",
-        b"SSH-2.0-OpenSSH_9.2p1 hello\r\n",
-        b"NBDMAGIC\x00\x00\x42\x02\x81\x86\x12\x53",
-        b"NBDMAGICIHAVEOPT\0\0",
-        GREETING,
-        GREETING + bytes(20),
-        GREETING + reply(OptionType.GO, ReplyType.ACK),
-        GREETING + reply(OptionType.STRUCTURED_REPLY, ReplyType.ACK, length=0xFFFFFFFF),
-        GREETING + reply(OptionType.STRUCTURED_REPLY, ReplyType.ERR_UNSUP) + reply(OptionType.GO, ReplyType.ACK),
-        GREETING + reply(OptionType.STRUCTURED_REPLY, ReplyType.ERR_UNSUP) + reply(OptionType.GO, 3, b"\0\0x"),
-    ],
-)
-def test_a_handshake_that_is_none_is_an_error(says: bytes) -> None:
-    with pytest.raises(NBDError):
-        told(says).go()
-
-
-def chunk(kind: int, payload: bytes, *, flags: int = 1, cookie: int = 1, length: int | None = None) -> bytes:
-    size = len(payload) if length is None else length
-    return struct.pack(">IHHQI", nbd.NBD_STRUCTURED_REPLY_MAGIC, flags, kind, cookie, size) + payload
-
-
-@pytest.mark.parametrize(
-    "says",
-    [
-        b"",
-        bytes(20),
-        chunk(0, b""),
-        chunk(0, b"", cookie=2),
-        chunk(1, struct.pack(">Q", 0) + bytes(99)),
-        chunk(1, struct.pack(">Q", 50) + bytes(100)),
-        chunk(1, struct.pack(">Q", (1 << 64) - 1) + bytes(100)),
-        chunk(1, b"", length=0xFFFFFFFF),
-        chunk(2, struct.pack(">QI", 0, 0xFFFFFFFF)),
-        chunk(2, struct.pack(">QI", 0, 101)),
-        chunk(2, b"short"),
-        chunk(77, bytes(8)),
-        chunk(0x8001, b"\0"),
-        chunk(0x8001, struct.pack(">IH", 5, 9999)),
-        struct.pack(">IIQ", nbd.NBD_SIMPLE_REPLY_MAGIC, 0, 1) + bytes(100),
-    ],
-)
-def test_a_reply_to_a_read_that_is_none_is_an_error(says: bytes) -> None:
-    client = told(ACCEPTED + says)
-    client.go()
-    with pytest.raises(NBDError):
-        client.pread(0, 100)
-
-
-@pytest.mark.parametrize(
-    "says",
-    [
-        chunk(0, b""),
-        chunk(5, struct.pack(">I", 0)),
-        chunk(5, struct.pack(">III", 0, 0, 3)),
-        chunk(5, struct.pack(">III", 9, 512, 3)),
-        chunk(5, b"", length=0xFFFFFFFF),
-    ],
-)
-def test_a_block_status_that_gets_nowhere_is_an_error(says: bytes) -> None:
-    client = told(ACCEPTED + says)
-    client.go()
-    with pytest.raises(NBDError):
-        client.block_status(0, 4096)
-
-
-def test_a_length_that_nobody_asked_for_is_not_received() -> None:
-    for kind in (1, 5, 0x8001):
-        client = told(ACCEPTED + chunk(kind, b"", length=0xFFFFFFFF))
-        client.go()
-        with pytest.raises(NBDError, match="the server's reply is none"):
-            client.pread(0, 100)
-
-
-# URIs.
-
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-
-
-@given(TEXT, TEXT.filter(bool), st.integers(0, 65535))
-def test_a_uri_that_is_printed_is_the_one_that_is_parsed(export: str, path: str, port: int) -> None:
-    for uri in (URI(export, socket=path), URI(export, host="127.0.0.1", port=port), URI(export, host="::1", port=port)):
-        assert nbd_uri.parse(str(uri)) == uri
-        assert str(uri).isascii()
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "nbd://", "nbd:///x", "http://h/x", "nbds://h/x", "nbd+unix:///x", "nbd+unix:///?socket=a&socket=b",
-     "nbd://h:x/", "nbd://[::1/", "nbd://h/%ff", "nbd+unix:///?socket=", "/path"],
-)  # fmt: skip
-def test_what_is_no_uri_of_ours_is_one_error(text: str) -> None:
-    with pytest.raises(NBDError):
-        nbd_uri.parse(text)
-
-
-def test_nbdinfo_understands_our_uris(serve: Serve) -> None:
-    if shutil.which("nbdinfo") is None:
-        pytest.skip("nbdinfo is not installed")
-    name = '100% ä/?#&= "x"+y'
-    where = serve(exports(**{name: ZeroNode(77)})).listeners[0].uri._replace(export=name)
-    assert subprocess.check_output(["nbdinfo", "--size", str(where)], text=True).strip() == "77"
