@@ -74,6 +74,11 @@ class RunningQemu:
                 return answer["return"]
         raise ToolFailed(f"QEMU ended during {command}")
 
+    def monitor(self, command: str) -> None:
+        """A command of the human monitor."""
+        if said := self.execute("human-monitor-command", command_line=command):
+            raise ToolFailed(f"{command}: {said}")
+
     def io(self, command: str) -> None:
         """A qemu-io command on the disk. That it failed comes out at the end, when QEMU gives away what it printed."""
         self.execute("human-monitor-command", command_line=f'qemu-io disk "{command}"')
