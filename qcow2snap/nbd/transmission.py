@@ -6,6 +6,7 @@ way for the one request that matters, a sound READ, and comes here for all other
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -26,9 +27,12 @@ from qcow2snap.block.node import (
     OutOfRange,
     Qcow2SnapError,
     ReadOnly,
+    SnapshotGone,
 )
 from qcow2snap.nbd.framing import SIMPLE_REPLIES, Framing, StructuredReplies
 from qcow2snap.nbd.negotiation import Agreement
+
+logger = logging.getLogger(__name__)
 
 PIECE = 1 << 18  # bytes of data in one chunk of a structured reply, unless the client wants it whole
 SHORT_HOLE = 1 << 12  # bytes: zeros shorter than this go with the data beside them, unless they are all there is
@@ -93,6 +97,8 @@ class Answers:
     """
 
     def __init__(self, agreement: Agreement) -> None:
+        self._export_name = agreement.export.name
+        self._has_told = False  # the log, that the snapshot is gone
         self._contexts = agreement.contexts
         self._node = agreement.node
         self._framing = agreement.framing
@@ -113,6 +119,9 @@ class Answers:
 
     def error(self, cookie: int, request_offset: int, error: Refused | Qcow2SnapError) -> bytes:
         """The reply, or its last chunk, that says what went wrong."""
+        if isinstance(error, SnapshotGone) and not self._has_told:
+            self._has_told = True
+            logger.warning("export %a: %s", self._export_name, error)
         return self._framing.error(cookie, request_offset, _errno_of(error), str(error))
 
     def _done(self, request: Request) -> bytes:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,36 @@ class Reader(threading.Thread):
         self.count["bytes"] += len(data)
         self.count["right"] += 1
         return holders
+
+
+def test_a_snapshot_that_is_gone_answers_eio_and_says_why(new_image: NewImage, tmp_path: Path) -> None:
+    image = new_image("1M").write(0, 1 << 20, 0x11).snapshot("daily").snapshot("kept")
+    serving = Serving("-U", image.path, "-k", tmp_path / "s")
+    with Client.connect(serving.uris[0]) as client, Client.connect(serving.uris[0]) as other:
+        client.go("daily")
+        other.go("kept")
+        assert client.pread(0, 1 << 20) == b"\x11" * (1 << 20)
+        image.delete("daily").write(0, 1 << 20, 0x22).snapshot("daily").write(0, 1 << 20, 0x33).path  # noqa: B018
+        for offset, length in ((0, 512), (4096, 1 << 19), (0, 1 << 20)):
+            with pytest.raises(ReplyError, match=r'EIO: .*disk.qcow2: snapshot "daily" \(id 1\) was deleted'):
+                client.pread(offset, length)
+            assert other.pread(offset, length) == b"\x11" * length
+        with pytest.raises(ReplyError, match="was deleted"):
+            client.block_status(0, 1 << 20)
+        refused = [(0, 512), (1 << 20, 512)]
+        assert [answer.error for answer in read_together(client, refused)] == [Errno.EIO, Errno.EINVAL]
+    serving.process.send_signal(signal.SIGHUP)
+    deadline = time.monotonic() + 20
+    content = b""
+    while content != b"\x22" * 512 and time.monotonic() < deadline:  # until the image was opened again
+        with Client.connect(serving.uris[0]) as client:
+            client.go("daily")
+            with suppress(ReplyError):
+                content = bytes(client.pread(0, 512))
+    assert content == b"\x22" * 512
+    serving.stop()
+    assert "export 'daily': " in serving.stderr
+    assert GONE in serving.stderr
 
 
 @pytest.mark.slow
