@@ -33,16 +33,26 @@ def rows(quick: bool) -> Iterator[pairs.Row]:
         yield pairs.Row(what, partial(_compare, what, size, compression, target, 3 if quick else 5))
 
 
+def touch_memory(size: int, path: Path) -> None:
+    """Have as much memory as a file takes in the page cache, and let go of it."""
+    piece = bytes(1 << 20)
+    with open(path, "wb", buffering=0) as file:
+        for _ in range(size // len(piece)):
+            file.write(piece)
+    path.unlink()
+
+
 def _compare(what: str, size: int, compression: str, target: float, count: int) -> pairs.Comparison:
     image = images.fragmented(size, compression)
     with TemporaryDirectory(dir=images.CACHE) as folder:
         ours, theirs = Path(folder) / "ours.raw", Path(folder) / "theirs.raw"
 
         def clear() -> None:
-            """So that no run pays for the files of another."""
+            """So that no run pays for the files of another, nor for memory that a host has taken back meanwhile."""
             ours.unlink(missing_ok=True)
             theirs.unlink(missing_ok=True)
             os.sync()
+            touch_memory(size, Path(folder) / "touched")
 
         def peer(options: list[str]) -> pairs.Run:
             named = f"snapshot.name={images.SNAPSHOT}"

@@ -1,4 +1,4 @@
-"""Ours and the peer measured in turn, A B A B ..., and the ratio of their medians. Knows nothing of what is measured.
+"""Ours and the peer measured in turn, A B B A ..., and the ratio of their medians. Knows nothing of what is measured.
 
 Figures of one run only are comparable: a machine is not equally fast twice.
 """
@@ -150,8 +150,9 @@ def compare(
     `limit` measures what cannot be beaten, in turn with the two.
     """
     runs: list[list[Run]] = [[], [], []]
-    for _ in range(pairs):
-        for measure, measured in zip((ours, peer, limit), runs, strict=True):
+    turns = list(zip((ours, peer, limit), runs, strict=True))
+    for number in range(pairs):
+        for measure, measured in turns if number % 2 else turns[::-1]:  # so that nothing is always the second
             if measure is not None:
                 before()
                 measured.append(measure())
