@@ -128,6 +128,10 @@ class View(BlockNode):
         self, image: Image, l1: L1Table, *, start: int, size: int, has_backing: bool, watch: SnapshotWatch | None = None
     ) -> None:
         self._image = image
+        # Kept here, as each read asks for them, and the header takes a microsecond to tell.
+        self._cluster_size = image.header.cluster_size
+        self._coverage = image.header.l2_coverage
+        self._has_data_file = image.header.has_data_file
         self._l1 = l1
         self._start = start
         self.size = size
@@ -142,7 +146,7 @@ class View(BlockNode):
 
     def mappings(self, offset: int, length: int) -> Iterator[Mapping]:
         """What the L1 and L2 tables say of a range, run by run. Absent L2 tables are skipped by the whole."""
-        coverage = self._image.header.l2_coverage
+        coverage = self._coverage
         offsets = self._l1.offsets
         end = offset + length
         while offset < end:
@@ -170,7 +174,7 @@ class View(BlockNode):
 
     def _table(self, index: int) -> L2Table:
         host_offset = self._l1.offsets[index]
-        if host_offset % self._image.header.cluster_size:
+        if host_offset % self._cluster_size:
             raise rules.L1_ENTRY_ALIGNED.broken(
                 self._l1.host_offset + 8 * index, f"an L1 entry points to {host_offset:#x}, not a cluster boundary"
             )
@@ -226,7 +230,7 @@ class View(BlockNode):
         if self._image.is_encrypted:
             raise UnsupportedFeature(f"{self._image.file.filename}: is encrypted; its data cannot be read yet")
         compressed: list[Mapping] = []  # whole clusters, one behind the other
-        cluster_size = self._image.header.cluster_size
+        cluster_size = self._cluster_size
         for mapping in self.mappings(offset, cursor.remaining):
             kind = mapping.kind
             if kind == _COMPRESSED_KIND and mapping.length == cluster_size:
@@ -276,7 +280,7 @@ class View(BlockNode):
                 raise self._located(error, mapping.offset, mapping.length) from None
 
     def _read_part_of_compressed(self, mapping: Mapping, cursor: Cursor) -> None:
-        in_cluster = mapping.in_table % self._image.header.cluster_size
+        in_cluster = mapping.in_table % self._cluster_size
         try:
             cluster = self._image.compressed.cluster(mapping.host)
         except ImageFormatError as error:
@@ -350,12 +354,12 @@ class View(BlockNode):
         from a file that was cut: QEMU reads zeros there too, we do not guess.
         """
         image, host = self._image, mapping.host
-        if image.header.has_data_file and host != mapping.offset + self._start:
+        if self._has_data_file and host != mapping.offset + self._start:
             raise self._broken(mapping, rules.DATA_FILE_OFFSET, f"host offset {host:#x} of the external data file")
         end = host + mapping.length
         if end > image.data_file.size:
             size = image.data_file.current_size()
-            missing = max(host, -(-size // image.header.cluster_size) * image.header.cluster_size)
+            missing = max(host, -(-size // self._cluster_size) * self._cluster_size)
             if missing < end:
                 cut = mapping.skip(missing - host)
                 what = f"host offset {missing:#x}, beyond the end of the file at {size:#x}: it has been cut"
