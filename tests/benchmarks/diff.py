@@ -35,7 +35,7 @@ def _compare(what: str, size: int, target: float | None, quick: bool) -> pairs.C
     with TemporaryDirectory(dir=images.CACHE) as folder:
         output = Path(folder) / "diff.json"
         pairs.run(ours, stdout=output, status=1)
-        found = [(extent["start"], extent["length"]) for extent in json.loads(output.read_bytes())]
+        found = images.joined((extent["start"], extent["length"]) for extent in json.loads(output.read_bytes()))
     if found != expected:
         raise pairs.BenchmarkError(f"diff finds {len(found)} extents in {image}, not the {len(expected)} that differ")
 

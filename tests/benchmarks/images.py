@@ -87,16 +87,21 @@ def two_states(size: int, data: int, changed: int) -> tuple[Path, list[tuple[int
         for number in range(_ROUNDS):
             _write(image, size, chunk, shuffled[number::_ROUNDS], contents)
         _snapshot(image, "monday")
-        _write(image, size, chunk, rewritten, contents)
+        # Zeros would not be written, and then not differ.
+        _write(image, size, chunk, rewritten, (data.replace(b"\0", b" ") for data in contents))
         _snapshot(image, "tuesday")
 
-    extents: list[tuple[int, int]] = []
-    for number in rewritten:
-        if extents and sum(extents[-1]) == number * chunk:
-            extents[-1] = extents[-1][0], extents[-1][1] + chunk
-        else:
-            extents.append((number * chunk, chunk))
-    return _made(f"two-states-{size // _MIB}M.qcow2", build), extents
+    return _made(f"two-states-{size // _MIB}M.qcow2", build), joined((number * chunk, chunk) for number in rewritten)
+
+
+def joined(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Extents, as offset and length, those that follow each other as one."""
+    whole: list[tuple[int, int]] = []
+    for offset, length in extents:
+        if whole and sum(whole[-1]) == offset:
+            offset, length = whole[-1][0], whole.pop()[1] + length
+        whole.append((offset, length))
+    return whole
 
 
 def many_snapshots(count: int) -> Path:

@@ -91,10 +91,12 @@ class Server:
 
     @property
     def uri(self) -> str:
-        """Of the default export."""
+        return self.uri_of("")
+
+    def uri_of(self, export: str) -> str:
         if self._tls is not None:
-            return f"nbds+unix:///?socket={self._socket}&tls-certificates={self._tls}"
-        return f"nbd+unix:///?socket={self._socket}"
+            return f"nbds+unix:///{export}?socket={self._socket}&tls-certificates={self._tls}"
+        return f"nbd+unix:///{export}?socket={self._socket}"
 
     def wait(self) -> Self:
         """Until it greets its clients."""

@@ -132,7 +132,7 @@ def test_a_child_of_a_fork_makes_a_pool_of_its_own(new_image: NewImage) -> None:
 def test_pieces_of_a_compressed_cluster_are_those_of_the_whole(new_image: NewImage) -> None:
     image = new_image(3 * CLUSTER + 512)
     image.write(0, 2 * CLUSTER, compressed=True)  # no two lines are alike
-    image.write(2 * CLUSTER, CLUSTER + 512)
+    image.write(2 * CLUSTER, CLUSTER).write(3 * CLUSTER, 512, compressed=True)
     image.snapshot("before").write(0, CLUSTER)
     node = graph.open_image(str(image.path))
     for view in node.view(None), node.view(node.find_snapshot("before")):
