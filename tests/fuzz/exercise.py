@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import islice, pairwise
 
 from qcow2snap.block.graph import OpenOptions, open_image
 from qcow2snap.block.node import BlockNode, Qcow2SnapError
@@ -16,6 +17,7 @@ from qcow2snap.block.qcow2.driver import Qcow2Node
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
 from qcow2snap.cli.list import snapshot_json, snapshot_lines
 from qcow2snap.forensics import describe
+from qcow2snap.forensics.diff import verified
 
 MAX_SNAPSHOTS = 8
 MAX_EXTENTS = 20_000
@@ -23,7 +25,7 @@ MAX_READ = 1 << 20  # bytes at a time
 
 
 def exercise(filename: str) -> str:
-    """Open, describe, list, map and read an image; returns how far that went."""
+    """Open, describe, list, map, read and compare the states of an image; returns how far that went."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for with_children in (True, False):
@@ -37,6 +39,8 @@ def exercise(filename: str) -> str:
                 _describe(image)
                 if with_children:
                     _read_everything(image)
+                    _compare(image)
+                    _read_bitmaps(image)
             finally:
                 image.close()
             return "read" if with_children else "described"
@@ -80,6 +84,34 @@ def _read(node: BlockNode) -> None:
                 continue
         if count >= MAX_EXTENTS:
             return
+
+
+def _compare(image: Qcow2Node) -> None:
+    """Each state with the one before it, as `diff --verify` does."""
+    states = [None, *image.snapshots()[:MAX_SNAPSHOTS]]
+    for since, state in pairwise(states):
+        try:
+            nodes = [image if info is None else SnapshotAccessNode(image, info) for info in (since, state)]
+            position = 0
+            for extent in islice(image.changes(since, state), MAX_EXTENTS):
+                assert extent.length > 0
+                assert extent.offset >= position, "changes overlap"
+                position = extent.end
+                small = extent._replace(length=min(extent.length, MAX_READ))
+                list(verified([small], *nodes, image.header.subcluster_size, workers=1))
+        except Qcow2SnapError:
+            continue
+
+
+def _read_bitmaps(image: Qcow2Node) -> None:
+    try:
+        for name in image.dirty_bitmaps()[:MAX_SNAPSHOTS]:
+            position = 0
+            for offset, length in islice(image.dirty_extents(name, 0, image.size), MAX_EXTENTS):
+                assert position <= offset < offset + length <= image.size, "dirty extents overlap"
+                position = offset + length
+    except Qcow2SnapError:
+        return
 
 
 def damaged(data: bytes, choose: random.Random) -> bytes:
