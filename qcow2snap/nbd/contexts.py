@@ -11,24 +11,26 @@ REF is a snapshot's name where that is its alone, and in any case `id=` with its
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
 from formats.nbd import State
-from qcow2snap.block.node import BlockNode, ChangeTracking, Extent, Qcow2SnapError, SnapshotInfo, Status
+from qcow2snap.block.node import BlockNode, ChangeTracking, Qcow2SnapError, SnapshotInfo, Status
 from qcow2snap.nbd.names import SnapshotNames
 from qcow2snap.nbd.strings import is_string
 
 logger = logging.getLogger(__name__)
 
-# Length in bytes and flags of each run from a given place on, without gap; neighbours differ in their flags.
-Descriptors = Iterator[tuple[int, int]]
+# Length in bytes and flags of each run from a given place on, without gap.
+Runs = Iterator[tuple[int, int]]
 
-# Of one reply: 256 KiB of descriptors, and half a second's work for them. A client asks again from where they end.
+# Of one reply: 256 KiB of descriptors, and what is looked at for them. A client asks again from where they end.
 MAX_DESCRIPTORS = 1 << 15
 MAX_EXTENTS = 1 << 16
-MAX_COMPARED = 64 << 30  # bytes whose tables are compared: 256 tables of 64 KiB clusters
+PATIENCE = 0.25  # seconds, after which no further step begins
+FIRST_STEP = 32 << 20  # bytes: at the smallest cluster size, of 1,024 tables
 
 DIRTY = 1  # the flag of qemu:dirty-bitmap and of changed-since
 DIRTY_BITMAP = "qemu:dirty-bitmap:"
@@ -41,11 +43,35 @@ class MetaContext(NamedTuple):
     """One context, and how a range of a node looks in it."""
 
     name: str
-    status: Callable[[BlockNode, int, int], Descriptors]
+    runs: Callable[[BlockNode, int, int], Runs]
 
     def descriptors(self, node: BlockNode, offset: int, length: int, limit: int) -> list[tuple[int, int]]:
         """At most `limit` descriptors. They end where the range ends, or before: never beyond, never at 0 bytes."""
-        return list(islice(self.status(node, offset, length), min(limit, MAX_DESCRIPTORS)))
+        runs = islice(self._in_steps(node, offset, offset + length), MAX_EXTENTS)
+        return list(islice(_merged(runs), min(limit, MAX_DESCRIPTORS)))
+
+    def _in_steps(self, node: BlockNode, offset: int, end: int) -> Runs:
+        """A node may look at much before it tells of it: it is asked by steps, that double while they are quick."""
+        step, began, elapsed = FIRST_STEP, time.monotonic(), 0.0
+        while offset < end and elapsed < PATIENCE:
+            length = min(step, end - offset)
+            yield from self.runs(node, offset, length)
+            offset += length
+            elapsed = time.monotonic() - began
+            step = step * 2 if elapsed < PATIENCE / 4 else step
+
+
+def _merged(runs: Iterable[tuple[int, int]]) -> Runs:
+    """Neighbours of the same flags as one."""
+    length, flags = 0, -1
+    for more, its_flags in runs:
+        if its_flags != flags:
+            if length:
+                yield length, flags
+            length, flags = 0, its_flags
+        length += more
+    if length:
+        yield length, flags
 
 
 class Contexts:
@@ -119,73 +145,48 @@ class Contexts:
 # One function for each kind of context: flags as QEMU's server sets them.
 
 
-def _allocation(node: BlockNode, offset: int, length: int) -> Descriptors:
+def _allocation(node: BlockNode, offset: int, length: int) -> Runs:
     """A hole where no space is taken, zero where zeros are read."""
-    return _merged(
-        (extent.length, (0 if extent.status & Status.DATA else _HOLE) | (0 if extent.must_read else _ZERO))
-        for extent in islice(node.block_status(offset, length), MAX_EXTENTS)
-    )
+    for extent in node.block_status(offset, length):
+        flags = (0 if extent.status & Status.DATA else _HOLE) | (0 if extent.must_read else _ZERO)
+        yield extent.length, flags
 
 
-def _allocation_depth(node: BlockNode, offset: int, length: int) -> Descriptors:
+def _allocation_depth(node: BlockNode, offset: int, length: int) -> Runs:
     """The layer that has the bytes, counted from 1. Beyond the end of one, QEMU takes zeros for allocated there."""
-
-    def depth(extent: Extent) -> int:
+    for extent in node.block_status(offset, length, want_zero=False):
         if extent.status & Status.ALLOCATED:
-            return extent.depth + 1
-        return extent.depth + 2 if extent.depth < node.nb_backing else 0
-
-    extents = islice(node.block_status(offset, length, want_zero=False), MAX_EXTENTS)
-    return _merged((extent.length, depth(extent)) for extent in extents)
+            yield extent.length, extent.depth + 1
+        else:
+            yield extent.length, extent.depth + 2 if extent.depth < node.nb_backing else 0
 
 
 def _bitmap(name: str) -> MetaContext:
-    def status(node: BlockNode, offset: int, length: int) -> Descriptors:
+    def runs(node: BlockNode, offset: int, length: int) -> Runs:
         assert isinstance(node, ChangeTracking)
         return _dirty(node.dirty_extents(name, offset, length), offset, offset + length)
 
-    return MetaContext(DIRTY_BITMAP + name, status)
+    return MetaContext(DIRTY_BITMAP + name, runs)
 
 
 def _changed_since(name: str, snapshot: SnapshotInfo) -> MetaContext:
-    def status(node: BlockNode, offset: int, length: int) -> Descriptors:
+    def runs(node: BlockNode, offset: int, length: int) -> Runs:
         assert isinstance(node, ChangeTracking)
-        length = min(length, MAX_COMPARED)
         changes = node.changes_since(snapshot, offset, length)
         return _dirty(((extent.offset, extent.length) for extent in changes), offset, offset + length)
 
-    return MetaContext(name, status)
+    return MetaContext(name, runs)
 
 
-def _merged(runs: Iterable[tuple[int, int]]) -> Descriptors:
-    """Neighbours of the same flags as one."""
-    length, flags = 0, -1
-    for more, its_flags in runs:
-        if its_flags != flags:
-            if length:
-                yield length, flags
-            length, flags = 0, its_flags
-        length += more
-    if length:
-        yield length, flags
-
-
-def _dirty(extents: Iterable[tuple[int, int]], position: int, end: int) -> Descriptors:
-    """What is dirty, and the clean runs between: up to `end`, or to as many extents as are looked at."""
-
-    def runs() -> Iterator[tuple[int, int]]:
-        at = position
-        for number, (offset, length) in enumerate(extents):
-            if offset > at:
-                yield offset - at, 0
-            if number == MAX_EXTENTS:
-                return
-            yield length, DIRTY
-            at = offset + length
-        if at < end:
-            yield end - at, 0
-
-    return _merged(runs())
+def _dirty(extents: Iterable[tuple[int, int]], position: int, end: int) -> Runs:
+    """What is dirty, and what is clean between."""
+    for offset, length in extents:
+        if offset > position:
+            yield offset - position, 0
+        yield length, DIRTY
+        position = offset + length
+    if position < end:
+        yield end - position, 0
 
 
 ALLOCATION = MetaContext("base:allocation", _allocation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 import subprocess
@@ -20,7 +21,7 @@ from qcow2snap.block.graph import open_image
 from qcow2snap.block.node import Change, ChangedExtent, ChangeTracking, SnapshotInfo
 from qcow2snap.nbd import contexts as module
 from qcow2snap.nbd.client import Client
-from qcow2snap.nbd.contexts import CHANGED_SINCE, DIRTY_BITMAP, Contexts
+from qcow2snap.nbd.contexts import CHANGED_SINCE, DIRTY_BITMAP, Contexts, MetaContext
 from qcow2snap.nbd.export import Exports, exports_of
 from qcow2snap.nbd.names import SnapshotNames
 from qcow2snap.nbd.negotiation import MAX_CONTEXTS, PIECE
@@ -313,23 +314,35 @@ def test_more_contexts_than_a_reply_should_have_are_refused() -> None:
     assert session.select(*queries[1:]) == queries[1:]
 
 
-def test_what_is_looked_at_for_one_reply_is_bounded() -> None:
-    node = Tracked(1 << 50, step=1024)
+def changed_since(node: Tracked) -> MetaContext:
     context = Contexts(node, SnapshotNames(snapshots(("1", "monday")))).find(CHANGED_SINCE + "monday")
     assert context is not None
-    found = context.descriptors(node, 512, 1 << 49, 1 << 20)
-    assert node.asked == [(512, module.MAX_COMPARED)]
+    return context
+
+
+def test_one_reply_has_so_many_descriptors_and_no_more_is_looked_at() -> None:
+    node = Tracked(1 << 50, step=1024)
+    found = changed_since(node).descriptors(node, 512, 1 << 49, 1 << 20)
     assert len(found) == module.MAX_DESCRIPTORS
     assert found[:3] == [(512, 1), (512, 0), (512, 1)]
-    assert context.descriptors(node, 0, 1 << 49, 1) == [(512, 1)]
+    assert node.asked == [(512, module.FIRST_STEP)]
+    assert changed_since(node).descriptors(node, 0, 1 << 49, 1) == [(512, 1)]
 
 
 def test_extents_that_touch_are_one_run_and_an_end_that_was_not_seen_is_not_told() -> None:
     node = Tracked(1 << 40, step=512)
-    context = Contexts(node, SnapshotNames(snapshots(("1", "monday")))).find(CHANGED_SINCE + "monday")
-    assert context is not None
-    assert context.descriptors(node, 0, 1 << 40, 8) == [(512 * module.MAX_EXTENTS, 1)]
-    assert context.descriptors(node, 0, 5120, 8) == [(5120, 1)]
+    assert changed_since(node).descriptors(node, 0, 1 << 40, 8) == [(512 * module.MAX_EXTENTS, 1)]
+    assert changed_since(node).descriptors(node, 0, 5120, 8) == [(5120, 1)]
+
+
+def test_a_reply_ends_when_it_has_taken_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that tells nothing before all of a range was looked at, as one that did not change."""
+    node, clock = Tracked(1 << 50, step=1 << 60), itertools.count(0, 0.05)
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    found = changed_since(node).descriptors(node, 512, 1 << 49, 1 << 20)
+    assert [asked for _, asked in node.asked] == [module.FIRST_STEP << step for step in (0, 1, 1, 1, 1)]
+    assert sum(length for length, _ in found) == sum(asked for _, asked in node.asked)
+    assert changed_since(node).descriptors(node, 512, 1024, 1 << 20) == [(512, 1), (512, 0)]
 
 
 # QEMU's own contexts

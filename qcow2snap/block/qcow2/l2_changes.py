@@ -114,14 +114,15 @@ def _standard(since: array[int], state: array[int], header: ImageHeader) -> _Dif
     # Most entries are a host offset or nothing. Where both are, and differ, no more has to be asked.
     host = _OFFSET & -header.cluster_size
     unusual = _ALL_BITS if header.has_data_file else _ALL_BITS & ~_COPIED & ~host
+    known: dict[int, tuple[int, int]] = {}  # what is left are zeros and nothing, over and over, or compressed clusters
     differing = [i for i, (old, new) in enumerate(zip(since, state, strict=True)) if (old ^ new) & significant]
     for index in differing:
         old, new = since[index], state[index]
         if not (old | new) & unusual:
             yield index, index + 1, (_DATA * _CELLS if old & host else 0) + (_DATA if new & host else 0)
             continue
-        was, old_place = cell_of(old)
-        now, new_place = cell_of(new)
+        was, old_place = known.get(old) or known.setdefault(old, cell_of(old))
+        now, new_place = known.get(new) or known.setdefault(new, cell_of(new))
         if was != now or old_place != new_place:
             yield index, index + 1, was * _CELLS + now
 
