@@ -21,8 +21,10 @@ from qcow2snap.cli import options
 from qcow2snap.nbd.export import Exports, exports_of, joined, prefix_of
 from qcow2snap.nbd.listen import Listener, listen_at_all, listen_tcp, listen_unix, listen_vsock, passed_listeners
 from qcow2snap.nbd.log import LogHandler
+from qcow2snap.nbd.negotiation import TLSMode
 from qcow2snap.nbd.server import Server
 from qcow2snap.nbd.service import Offer, Service, pid_file, signals_held, stop_with_parent
+from qcow2snap.nbd.uri import URI
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -42,6 +44,7 @@ _SECTIONS = {
         "allow_paths",
         "l2_cache_size",
     ),
+    "TLS": ("tls", "tls_certificates", "tls_verify_peer", "tls_psk"),
     "Clients": ("workers", "max_connections", "handshake_timeout"),
     "Running": ("once", "refresh", "exit_with_parent", "pid_path", "verbose"),
 }
@@ -92,6 +95,21 @@ def _client_options(function: F) -> F:
     return function
 
 
+def _tls_options(function: F) -> F:
+    for option in reversed([
+        click.option("--tls", type=click.Choice([mode.value for mode in TLSMode]), default="off", show_default=True,
+                     help="Whether clients may (on), must (require) or cannot speak by TLS."),
+        click.option("--tls-certificates", metavar="DIR",
+                     help="With server-cert.pem and server-key.pem, and ca-cert.pem for --tls-verify-peer."),
+        click.option("--tls-verify-peer", is_flag=True,
+                     help="Serve only clients with a certificate that ca-cert.pem has signed."),
+        click.option("--tls-psk", metavar="FILE",
+                     help="Pre-shared keys, lines USERNAME:HEXKEY as psktool writes them (Python 3.13 or later)."),
+    ]):  # fmt: skip
+        function = option(function)
+    return function
+
+
 def _running_options(function: F) -> F:
     for option in reversed([
         click.option("--once", is_flag=True,
@@ -116,6 +134,7 @@ def _running_options(function: F) -> F:
               help="What each IMAGE is; it is not guessed.  [default: qcow2]")  # fmt: skip
 @click.option("--writable", is_flag=True, help="Let clients write IMAGE, which has to be raw: -f raw.")
 @options.opening_options
+@_tls_options
 @_client_options
 @_running_options
 def command(
@@ -130,6 +149,10 @@ def command(
     image_format: str,
     writable: bool,
     opening: OpenOptions,
+    tls: str,
+    tls_certificates: str | None,
+    tls_verify_peer: bool,
+    tls_psk: str | None,
     workers: int | None,
     max_connections: int,
     handshake_timeout: float,
@@ -171,8 +194,16 @@ def command(
         raw = image_format == "raw"
         return open_raw(image, opening, writable=writable) if raw else options.open_for(image, opening)
 
+    mode = TLSMode(tls)
+    _check_tls(mode, tls_certificates, tls_verify_peer, tls_psk)
+
     def open_offer() -> Offer:
-        return _open(named, open_image, snapshot, active=not opening.force_share)
+        secure = None
+        if mode is not TLSMode.OFF:
+            from qcow2snap.nbd.tls import Credentials  # only here: ssl takes time to load
+
+            secure = Credentials(tls_certificates, tls_verify_peer, tls_psk).read()
+        return _open(named, open_image, snapshot, active=not opening.force_share)._replace(secure=secure)
 
     with ExitStack() as at_end:
         if stdio:
@@ -190,6 +221,8 @@ def command(
             listeners,
             max_connections=max_connections,
             handshake_timeout=handshake_timeout,
+            tls=mode,
+            secure=offer.secure,
             workers=0 if stdio or writable else len(os.sched_getaffinity(0)) if workers is None else workers,
             once=once,
             close=offer.close,
@@ -201,12 +234,22 @@ def command(
         if stdio:
             server.serve_only(client.socket, "standard input")
         elif not passed:
-            server.call_soon(lambda: _print_uris(server.listeners, [export.name for export in offer.exports]))
+            uris = [listener.uri._replace(tls=mode is not TLSMode.OFF) for listener in listeners]
+            server.call_soon(lambda: _print_uris(uris, [export.name for export in offer.exports]))
         # What is being written stays open: to open it again would only find our own lock.
         service = Service(server, offer, None if writable else open_offer)
         if refresh:
             service.refresh_every(refresh)
         service.run()
+
+
+def _check_tls(mode: TLSMode, certificates: str | None, verify_peer: bool, psk_file: str | None) -> None:
+    if mode is TLSMode.OFF and (certificates or verify_peer or psk_file):
+        raise click.UsageError("--tls-... without --tls: say --tls=require, or on to serve others as well.")
+    if mode is not TLSMode.OFF and not (certificates or psk_file):
+        raise click.UsageError("--tls needs --tls-certificates DIR or --tls-psk FILE.")
+    if verify_peer and not certificates:
+        raise click.UsageError("--tls-verify-peer needs --tls-certificates DIR, with ca-cert.pem in it.")
 
 
 def _prefixed(images: Sequence[str], prefixes: Sequence[str]) -> list[tuple[str, str]]:
@@ -260,16 +303,14 @@ def _places(
     return places
 
 
-def _print_uris(listeners: Iterable[Listener], names: list[str]) -> None:
+def _print_uris(uris: Iterable[URI], names: list[str]) -> None:
     """One line for each export on each listener, in one write."""
     text = ""
-    for listener in listeners:
+    for uri in uris:
         for number, name in enumerate(names):
-            line = f"{listener.uri._replace(export=name)}\n"
+            line = f"{uri._replace(export=name)}\n"
             if number and len(text) + len(line) > _MAX_URIS:
-                print(
-                    f"qcow2snap: {len(names) - number} more exports: nbdinfo --list '{listener.uri}'", file=sys.stderr
-                )
+                print(f"qcow2snap: {len(names) - number} more exports: nbdinfo --list '{uri}'", file=sys.stderr)
                 break
             text += line
     sys.stdout.write(text)

@@ -5,18 +5,21 @@ and leave with one `send`. Between two requests of a client that waits for each 
 than the read: so a few non-blocking `recv`s come before the one that blocks, as long as such spinning has been paying.
 A file's pages go to the socket by `sendfile`, behind a header that waits for them (MSG_MORE).
 
-TLS has none of the three: its bytes pass through the library. `is_plain` tells.
+With TLS bytes pass through its library (`tls.SecureSocket`), so there is no `sendfile`; `is_plain` tells.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import select
 import socket
 import time
 from collections.abc import Callable, Iterator
 from socket import MSG_DONTWAIT, MSG_MORE, MSG_WAITALL
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qcow2snap.nbd.tls import SecureSocket
 
 RECEIVE = 1 << 16  # bytes: some 2,300 requests
 GATHER = 288 << 10  # bytes of replies in one send: 64 of 4 KiB or one of 256 KiB; 1 MiB was slower
@@ -35,10 +38,9 @@ class Arrivals:
     errors        OSError of the socket
     """
 
-    def __init__(self, sock: socket.socket, request_size: int, received: bytes, *, is_plain: bool = True) -> None:
+    def __init__(self, sock: socket.socket | SecureSocket, request_size: int, received: bytes) -> None:
         self._socket = sock
         self._request_size = request_size
-        self._is_plain = is_plain
         self.buffer = bytearray(RECEIVE)
         self.buffer[: len(received)] = received
         self._view = memoryview(self.buffer)
@@ -62,12 +64,7 @@ class Arrivals:
         self._move_up()
         into = self._view[self._end :]
         try:
-            if self._is_plain:
-                count = self._socket.recv_into(into, 0, MSG_DONTWAIT)
-            elif self._has_arrived():
-                count = self._socket.recv_into(into)
-            else:
-                return True
+            count = self._socket.recv_into(into, 0, MSG_DONTWAIT)
         except BlockingIOError:
             return True
         self._end += count
@@ -91,9 +88,8 @@ class Arrivals:
             return
         self._start = self._end = 0
         piece = memoryview(bytearray(min(missing, PIECE)))
-        flags = MSG_WAITALL if self._is_plain else 0
         while missing:
-            count = self._socket.recv_into(piece, min(missing, PIECE), flags)
+            count = self._socket.recv_into(piece, min(missing, PIECE), MSG_WAITALL)
             if not count:
                 raise ConnectionResetError("in the middle of a payload")
             missing -= count
@@ -103,15 +99,8 @@ class Arrivals:
         self._view[: self._end - self._start] = self._view[self._start : self._end]
         self._start, self._end = 0, self._end - self._start
 
-    def _has_arrived(self) -> bool:
-        """Whether to receive by TLS takes no waiting, but perhaps for the rest of a record."""
-        pending: int = self._socket.pending()  # type: ignore[attr-defined]  # of ssl.SSLSocket
-        return pending > 0 or bool(select.select([self._socket], [], [], 0)[0])
-
     def _receive(self, into: memoryview) -> int:
         receive = self._socket.recv_into
-        if not self._is_plain:
-            return receive(into)
         if self._pause:
             self._pause -= 1
             return receive(into)
@@ -142,7 +131,7 @@ class Outbox:
     errors       OSError of the socket
     """
 
-    def __init__(self, sock: socket.socket, *, is_plain: bool = True) -> None:
+    def __init__(self, sock: socket.socket | SecureSocket, *, is_plain: bool = True) -> None:
         self._socket = sock
         if sock.family == socket.AF_UNIX:  # TCP finds a size by itself
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)

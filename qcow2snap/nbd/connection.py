@@ -9,17 +9,23 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from formats import nbd
 from formats.nbd import Command, CommandFlag
 from qcow2snap.block.node import NBDError
 from qcow2snap.nbd.channel import Arrivals, Outbox
 from qcow2snap.nbd.export import Exports
-from qcow2snap.nbd.negotiation import Agreement, ServerNegotiation
+from qcow2snap.nbd.negotiation import Agreement, ServerNegotiation, TLSMode
 from qcow2snap.nbd.reads import MAX_PENDING, CutOff, Reads
 from qcow2snap.nbd.transmission import Answers, Request, check_magic
+
+if TYPE_CHECKING:
+    from qcow2snap.nbd.tls import SecureSocket
+
+    Secure = Callable[[socket.socket, float], SecureSocket]  # begins TLS, until a deadline (time.monotonic)
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +40,20 @@ class Connection:
     owns     the socket
     """
 
-    def __init__(self, sock: socket.socket, peer: str, exports: Exports, *, handshake_timeout: float) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        peer: str,
+        exports: Exports,
+        *,
+        handshake_timeout: float,
+        tls: TLSMode = TLSMode.OFF,
+        secure: Secure | None = None,
+    ) -> None:
         self._socket = sock
+        self._stream: socket.socket | SecureSocket = sock  # what is said goes through it
+        self._tls = tls
+        self._secure = secure
         self._peer = peer
         self._exports = exports
         self._handshake_timeout = handshake_timeout
@@ -56,7 +74,7 @@ class Connection:
         except Exception:
             logger.exception("%s: cut off by a fault of this server", self._peer)
         finally:
-            self._socket.close()
+            self._stream.close()
 
     def stop(self) -> None:
         """Answer what has arrived, and end. Wakes a recv that waits."""
@@ -75,19 +93,24 @@ class Connection:
     def _negotiate(self) -> tuple[Agreement, bytes] | None:
         """What was agreed on, and the first bytes of the transmission phase. None if the client left."""
         deadline = time.monotonic() + self._handshake_timeout
-        negotiation = ServerNegotiation(self._exports)
+        negotiation = ServerNegotiation(self._exports, self._tls)
         while not negotiation.ended:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise TimeoutError
             self._socket.settimeout(remaining)
             if data := negotiation.data_to_send():
-                self._socket.sendall(data)
+                self._stream.sendall(data)
+            elif negotiation.starts_tls and self._secure:
+                self._stream = self._secure(self._socket, deadline)
+                negotiation.tls_started()
             elif not negotiation.ended:
-                received = self._socket.recv(HANDSHAKE_RECEIVE)
+                received = self._stream.recv(HANDSHAKE_RECEIVE)
                 if not received or self._stopping:
                     return None
                 negotiation.receive(received)
+        if not isinstance(self._stream, socket.socket):
+            self._stream.deadline = None
         self._socket.settimeout(None)
         if negotiation.agreement is None:
             return None
@@ -96,8 +119,8 @@ class Connection:
     def _transmit(self, agreement: Agreement, unused: bytes) -> None:
         logger.info("%s: reads export %a", self._peer, agreement.export.name)
         framing = agreement.framing
-        outbox = Outbox(self._socket)
-        arrivals = Arrivals(self._socket, framing.request.size, unused)
+        outbox = Outbox(self._stream, is_plain=self._stream is self._socket)
+        arrivals = Arrivals(self._stream, framing.request.size, unused)
         answers = Answers(agreement)
         reads = Reads(agreement, outbox, answers)
         size = agreement.node.size

@@ -7,6 +7,7 @@ a long list nor a client that pipelines a thousand options makes the server hold
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -71,6 +72,17 @@ class Agreement(NamedTuple):
         return flags
 
 
+_IN_THE_CLEAR = "the client sent more in the clear behind NBD_OPT_STARTTLS, where TLS has to begin"
+
+
+class TLSMode(Enum):
+    """Whether clients may change over to TLS, named as in nbdkit: NOTLS, SELECTIVETLS and FORCEDTLS of the document."""
+
+    OFF = "off"
+    ON = "on"
+    REQUIRE = "require"
+
+
 class _Refused(Exception):
     """An option's answer is this error."""
 
@@ -85,14 +97,18 @@ Answer = Iterator[tuple[int, bytes]]  # reply type and data
 class ServerNegotiation:
     """One client's handshake. Send `data_to_send()` until it is empty, feed `receive()`, and so on until `ended`.
 
-    agreement  set when the client has chosen an export: transmission begins after the last data to send
-    unused     bytes that came after the last option: the first requests
-    errors     NBDError: the client broke the protocol in a way that has no answer, and is to be cut off
+    agreement   set when the client has chosen an export: transmission begins after the last data to send
+    unused      bytes that came after the last option: the first requests
+    starts_tls  TLS begins after the last data to send: call tls_started(), then go on with what comes through it
+    errors      NBDError: the client broke the protocol in a way that has no answer, and is to be cut off
     """
 
-    def __init__(self, exports: Exports) -> None:
+    def __init__(self, exports: Exports, tls: TLSMode = TLSMode.OFF) -> None:
         self.agreement: Agreement | None = None
         self._exports = exports
+        self._tls = tls
+        self._is_secure = False
+        self._wants_tls = False
         self._received = bytearray()
         self._skip = 0  # bytes of data that are passed over as they arrive
         self._over = False
@@ -111,11 +127,25 @@ class ServerNegotiation:
         return self._over and self._answer is None
 
     @property
+    def starts_tls(self) -> bool:
+        return self._wants_tls and self._answer is None
+
+    def tls_started(self) -> None:
+        """All that was agreed on in the clear is void: somebody else may have said it ("NBD_OPT_STARTTLS")."""
+        self._wants_tls = False
+        self._is_secure = True
+        self._structured_replies = False
+        self._extended_headers = False
+        self._selected = ("", ())
+
+    @property
     def unused(self) -> bytes:
         return bytes(self._received)
 
     def receive(self, data: bytes | bytearray | memoryview) -> None:
         """Take what arrived, in pieces of any size. Once the answers are taken, little is ever kept."""
+        if self._wants_tls:
+            raise NBDError(_IN_THE_CLEAR)
         self._received += data
         self._pass_over()
 
@@ -143,7 +173,7 @@ class ServerNegotiation:
 
     def _next_option(self, out: bytearray) -> bool:
         """Begin to answer what was received next. False if that has not arrived whole."""
-        if self._over or self._skip:
+        if self._over or self._skip or self._wants_tls:
             return False
         if self._client_flags is None:
             return self._take_client_flags()
@@ -170,7 +200,9 @@ class ServerNegotiation:
             self._skip = header.length
             self._pass_over()
         self._answered = header.option
-        if header.option == OptionType.EXPORT_NAME:
+        if self._must_refuse_without_tls(header.option):
+            self._answer = _refuse(ReplyType.ERR_TLS_REQD, "this server speaks with you by TLS only: start that first")
+        elif header.option == OptionType.EXPORT_NAME:
             out += self._export_name(data if fits else None)
         elif header.option not in self._HANDLERS:
             self._answer = _refuse(ReplyType.ERR_UNSUP, "this server does not know the option")
@@ -179,6 +211,13 @@ class ServerNegotiation:
         else:
             self._answer = self._HANDLERS[header.option](self, data)
         return True
+
+    def _must_refuse_without_tls(self, option: int) -> bool:
+        if self._tls is not TLSMode.REQUIRE or self._is_secure:
+            return False
+        if option == OptionType.EXPORT_NAME:
+            raise NBDError("the client asked by NBD_OPT_EXPORT_NAME without TLS, which can only be cut off")
+        return option not in (OptionType.STARTTLS, OptionType.ABORT)
 
     def _pass_over(self) -> None:
         passed = min(self._skip, len(self._received))
@@ -244,6 +283,17 @@ class ServerNegotiation:
         self._agree(agreement)
         yield ReplyType.ACK, b""
 
+    def _starttls(self, data: bytes) -> Answer:
+        if self._tls is TLSMode.OFF:
+            raise _Refused(ReplyType.ERR_UNSUP, "this server has no TLS: it was started without --tls")
+        _expect_no_data(data)
+        if self._is_secure:
+            raise _Refused(ReplyType.ERR_INVALID, "this is TLS already")
+        if self._received:  # by whoever sits between us and the client, to be taken for the client's
+            raise NBDError(_IN_THE_CLEAR)
+        self._wants_tls = True
+        yield ReplyType.ACK, b""
+
     def _structured_reply(self, data: bytes) -> Answer:
         _expect_no_data(data)
         if self._extended_headers:
@@ -280,6 +330,7 @@ class ServerNegotiation:
         OptionType.LIST: _list,
         OptionType.INFO: _info,
         OptionType.GO: _go,
+        OptionType.STARTTLS: _starttls,
         OptionType.STRUCTURED_REPLY: _structured_reply,
         OptionType.LIST_META_CONTEXT: _list_meta_context,
         OptionType.SET_META_CONTEXT: _set_meta_context,

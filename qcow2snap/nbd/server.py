@@ -18,11 +18,15 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from qcow2snap.nbd.connection import Connection
 from qcow2snap.nbd.export import Exports
 from qcow2snap.nbd.listen import Listener
+from qcow2snap.nbd.negotiation import TLSMode
+
+if TYPE_CHECKING:
+    from qcow2snap.nbd.connection import Secure
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +42,8 @@ class Terms(NamedTuple):
     """What holds for every connection."""
 
     handshake_timeout: float = 10.0  # seconds until an export must have been chosen
+    tls: TLSMode = TLSMode.OFF
+    secure: Secure | None = None  # begins TLS where that is not off
 
 
 class Crew(ABC):
@@ -112,7 +118,7 @@ class Threads(Crew):
         return True
 
     def take(self, sock: socket.socket, peer: str) -> bool:
-        connection = Connection(sock, peer, self._exports, handshake_timeout=self._terms.handshake_timeout)
+        connection = Connection(sock, peer, self._exports, **self._terms._asdict())
         thread = threading.Thread(target=self._run, args=[connection], name=f"nbd {peer}", daemon=True)
         with self._lock:
             self._threads[connection] = thread
@@ -181,16 +187,20 @@ class Server:
         *,
         max_connections: int = 512,
         handshake_timeout: float = 10.0,
+        tls: TLSMode = TLSMode.OFF,
+        secure: Secure | None = None,
         workers: int = 0,
         once: bool = False,
         close: Callable[[], None] = lambda: None,
     ) -> None:
         """With two `workers` or more they are processes, and this process must have no other threads.
 
+        `secure` is what tls.Credentials.read gives; it has to be there unless `tls` is off.
+
         `once`: stop when the first clients that chose an export have left, and nobody else is there.
         """
         self.listeners = tuple(listeners)
-        self._terms = Terms(handshake_timeout)
+        self._terms = Terms(handshake_timeout, tls, secure)
         self._max_connections = max_connections
         self._workers = workers
         self._once = once
@@ -284,8 +294,11 @@ class Server:
         self._once = self._chosen = True
         self.serve(sock, peer)
 
-    def refresh(self, exports: Exports, *, close: Callable[[], None] = lambda: None) -> None:
-        """Serve these to whoever comes from now on. Call it where the loop runs."""
+    def refresh(
+        self, exports: Exports, *, close: Callable[[], None] = lambda: None, secure: Secure | None = None
+    ) -> None:
+        """Serve these to whoever comes from now on, by other credentials if they are given. Call it in the loop."""
+        self._terms = self._terms._replace(secure=secure or self._terms.secure)
         self._crews[-1].retire()  # first, so that new workers do not inherit what it closes now
         self._crews.append(self._new_crew(exports, close))
 

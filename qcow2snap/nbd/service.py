@@ -8,11 +8,14 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from qcow2snap.block.node import FileError, Qcow2SnapError, UnsupportedFeature
 from qcow2snap.nbd.export import Exports
 from qcow2snap.nbd.server import Server
+
+if TYPE_CHECKING:
+    from qcow2snap.nbd.connection import Secure
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +29,7 @@ class Offer(NamedTuple):
     exports: Exports
     close: Callable[[], None]  # the images
     state: object = None  # of the images; equal if a client could see no difference
+    secure: Secure | None = None  # begins TLS by credentials that were read as well
 
 
 @contextmanager
@@ -124,5 +128,5 @@ class Service:
             offer.close()
             return
         self._state = offer.state
-        self._server.refresh(offer.exports, close=offer.close)
+        self._server.refresh(offer.exports, close=offer.close, secure=offer.secure)
         logger.info("the images were opened again: %d exports", len(offer.exports))
