@@ -332,3 +332,28 @@ def test_digest_hashes_nothing_that_is_not_the_snapshots(new_image: NewImage) ->
         digests(subjects[:1], ["sha256"])
         with pytest.raises(SnapshotGone, match='"b"'):
             digests(subjects, ["sha256"])
+
+
+def test_of_a_block_device_nothing_is_read_from_a_stale_page_cache(
+    new_image: NewImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the calls can be seen here: a device that is written past its page cache is nothing that a test can have."""
+    image = new_image("1M").write(0, 64 * KIB, 0x11).snapshot("a")
+    dropped: list[tuple[int, int]] = []
+    advise = os.posix_fadvise
+
+    def record_advice(fd: int, offset: int, length: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_DONTNEED:
+            dropped.append((offset, offset + length))
+        advise(fd, offset, length, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", record_advice)
+    with qcow2snap.open(image.path, force_share=True) as opened:
+        opened.node.file._drops_cache = True
+        buffer = bytearray(64 * KIB)
+        opened.snapshot("a").node.preadv(0, [buffer])
+        assert buffer == b"\x11" * (64 * KIB)
+        assert dropped[-2][0] == 0  # the header, and last the entry
+        (extent,) = opened.snapshot("a").extents(0, 64 * KIB)
+    assert all(start % 4096 == 0 for start, _ in dropped)
+    assert any(start <= extent.file_offset and extent.file_offset + 64 * KIB <= end for start, end in dropped)

@@ -37,6 +37,7 @@ Where this ends:
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from construct import Container
@@ -45,10 +46,18 @@ from formats import qcow2 as layout
 from qcow2snap.block.file import FileNode
 from qcow2snap.block.node import FileError, ImageFormatError, ImageInUse, SnapshotGone
 from qcow2snap.block.qcow2.header import ImageHeader
-from qcow2snap.block.qcow2.snapshot_table import SnapshotTable, TableEntry, raw_entries, read_snapshot_table, used_size
+from qcow2snap.block.qcow2.snapshot_table import (
+    SnapshotTable,
+    TableEntry,
+    parse_table,
+    raw_entries,
+    read_raw_table,
+    used_size,
+)
 
 TRIES = 200  # looks at a table that is being changed
 PAUSE = 0.001  # seconds between two of them
+PATIENCE = 5.0  # seconds for all of them: a hostile table may have 65,536 entries
 DAMAGED = 10  # looks that have to find a table unreadable in the same place, until that is damage and no race
 
 _POINTER_OFFSET = 60  # nb_snapshots and snapshots_offset of the header
@@ -65,17 +74,27 @@ class Look(NamedTuple):
 def look_at_table(file: FileNode, header: ImageHeader) -> Look:
     """The snapshot table as it stands now; as far as it can be read, if it is damaged. Raises FileError, ImageInUse."""
     last, times = None, 0
-    for attempt in range(TRIES):
-        if attempt > 1:
-            time.sleep(PAUSE)
+    for _ in _looks():
         pointer = _read_pointer(file)
-        table = read_snapshot_table(file, pointing(header, pointer))
-        seen = pointer, table.entries, table.damage is None
+        header = pointing(header, pointer)
+        entries, damage = read_raw_table(file, header)
+        seen = pointer, entries, damage is None
         times = times + 1 if seen == last else 1
-        if times == (2 if table.damage is None else DAMAGED):
-            return Look(pointer, table)
+        if times == (2 if damage is None else DAMAGED):
+            return Look(pointer, parse_table(entries, damage, header))
         last = seen
     raise _kept_changing(file)
+
+
+def _looks() -> Iterator[None]:
+    """One after the other at once, then with pauses, for as long as a race may last."""
+    deadline = time.monotonic() + PATIENCE
+    for attempt in range(TRIES):
+        if attempt > 1:
+            if time.monotonic() > deadline:
+                return
+            time.sleep(PAUSE)
+        yield
 
 
 def pointing(header: ImageHeader, pointer: bytes) -> ImageHeader:
@@ -125,9 +144,7 @@ class SnapshotWatch:
     def _find_again(self) -> None:
         """Find where the entry is now, or that it is gone."""
         last = None  # a hash of pointer and entries of a sound table without this one, seen in the last look
-        for attempt in range(TRIES):
-            if attempt:
-                time.sleep(PAUSE)
+        for _ in _looks():
             pointer = _read_pointer(self._file)
             seen = hash(pointer)
             try:
