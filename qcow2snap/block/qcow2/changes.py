@@ -99,7 +99,7 @@ class Comparison:
         shared, (old, new) = self._shared, self._pairs[2 * position : 2 * position + 2]
         table = shared.tables.get((old, new)) if shared.tables is not None else None
         if table is None:
-            # Wherever `offset` is in what the table describes, a table that cannot be read has no words for any of it.
+            # A table that cannot be read is damage from the first byte that was asked for to the last it describes.
             end = min(self._end, (self._indices[position] + 1) * self._coverage)
             since, state = self._read(old, offset, end), self._read(new, offset, end)
             shared.confirm()
