@@ -166,3 +166,5 @@ class Connection:
             reads.answer_pending(all_of_them=True)  # what was sound before that
             outbox.flush()
             raise
+        finally:
+            logger.info("%s: %d bytes of replies from export %a", self._peer, outbox.gone, agreement.export.name)

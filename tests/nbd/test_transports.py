@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from qcow2snap.block.node import FileError
+from qcow2snap.nbd.framing import SIMPLE_REPLIES
 from qcow2snap.nbd.listen import AF_VSOCK, listen_at_all, listen_unix, listen_vsock
 from qcow2snap.nbd.server import Server
 from qcow2snap.nbd.uri import URI
@@ -24,6 +25,7 @@ from tests.nbd.support import run as output
 from tests.nbd.test_serve import Serving
 from tests.nbd.test_server import SYSTEM_PYTHON
 from tests.nbd.test_workers import is_alive, until
+from tests.nbd.wire import handshake, packed, read
 from tests.support import Image, Result, require
 from tests.support.memory import process_tree
 from tests.support.tools import REPOSITORY
@@ -283,11 +285,14 @@ def test_a_terminal_or_file_for_a_client_is_one_error(image: Image) -> None:
 def test_a_client_that_leaves_without_a_word_ends_stdio(image: Image) -> None:
     ours, theirs = socket.socketpair()
     process = subprocess.Popen(
-        [*SERVE, "--stdio", str(image.path)], env=ENVIRONMENT, stdin=theirs, stdout=theirs, stderr=theirs
+        [*SERVE, "--stdio", "-v", str(image.path)], env=ENVIRONMENT, stdin=theirs, stdout=theirs, stderr=theirs
     )
     theirs.close()
     ours.settimeout(20)
-    assert ours.recv(18).startswith(b"NBDMAGIC")
+    handshake(ours, SIMPLE_REPLIES)  # with nothing of the log in between
+    ours.sendall(packed(read(0, 512)))
+    time.sleep(0.1)
+    assert len(ours.recv(1 << 16)) == 16 + 512
     ours.close()
     assert process.wait(10) == 0
 
@@ -357,7 +362,9 @@ def test_verbose_is_a_line_for_each_connection(image: Image, tmp_path: Path) -> 
     output("nbdcopy", "--connections=1", serving.uris[0], tmp_path / "copy")
     assert serving.stop(signal.SIGINT) == 0
     lines = [line for line in serving.stderr.splitlines() if "client 1 on" in line]
-    assert any("export ''" in line for line in lines)
+    assert any("reads export ''" in line for line in lines)
+    [sent] = [int(words[0]) for line in lines if (words := line.partition("/s: ")[2].split())[1:2] == ["bytes"]]
+    assert sent > 100_000
 
 
 # Several images.
