@@ -114,6 +114,8 @@ class BlockNode(ABC):
     # Others may write the files meanwhile. Only such a node tells preadv_unconfirmed from preadv; its files are not
     # stable, but where block_status found bytes in them may be remembered, if each use is confirmed like a read.
     must_confirm: bool = False
+    # What block_status says is true now, but its ranges may become unreadable: nothing of it may be remembered.
+    status_may_change: bool = False
 
     @abstractmethod
     def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
@@ -185,13 +187,14 @@ class SnapshotAccess(ABC):
     """
 
     must_confirm_snapshots: bool = False  # BlockNode.must_confirm of every snapshot
+    snapshot_status_may_change: bool = False  # BlockNode.status_may_change of every snapshot
 
     @abstractmethod
     def snapshots(self) -> Sequence[SnapshotInfo]:
         """All snapshots that can be read, in the order of the driver's table."""
 
-    def find_snapshot(self, ref: str) -> SnapshotInfo:
-        """The snapshot that `ref` names: NAME, name=NAME, id=ID, or id=ID,name=NAME.
+    def find_snapshot(self, ref: str | None = None) -> SnapshotInfo:
+        """The snapshot that `ref` names: NAME, name=NAME, id=ID, or id=ID,name=NAME. None: the only one that there is.
 
         Raises SnapshotNotFound, or SnapshotAmbiguous where it fits more than one.
         """
@@ -302,6 +305,10 @@ class SnapshotAmbiguous(Qcow2SnapError):
 
 class SnapshotGone(Qcow2SnapError):
     """The snapshot was deleted while it was being read; whatever has its name now is another one."""
+
+
+class AccessDenied(Qcow2SnapError):
+    """A part of a snapshot that was not kept, or was given back, or all of one that was lost (EACCES)."""
 
 
 class BitmapNotFound(Qcow2SnapError):

@@ -12,18 +12,20 @@ class SnapshotAccessNode(BlockNode, ChangeTracking):
 
     size     the snapshot's own, in bytes; not that of the active disk
     threads  any, at any time; nothing changes after construction
-    errors   SnapshotNotFound, SnapshotAmbiguous when built from a reference; when read, ImageFormatError, or
-             SnapshotGone if the snapshot was deleted meanwhile
+    errors   SnapshotNotFound, SnapshotAmbiguous when built from a reference; when read, ImageFormatError,
+             SnapshotGone if the snapshot was deleted meanwhile, or AccessDenied
     owns     nothing: `file` stays open when this node is closed
     source   QEMU block/snapshot-access.c, which takes no snapshot's name and has no size of its own
     """
 
-    def __init__(self, file: SnapshotAccess, snapshot: SnapshotInfo | str) -> None:
+    def __init__(self, file: SnapshotAccess, snapshot: SnapshotInfo | str | None = None) -> None:
+        """Without `snapshot`: the only one that there is."""
         self.file = file
-        self.snapshot = file.find_snapshot(snapshot) if isinstance(snapshot, str) else snapshot
+        self.snapshot = snapshot if isinstance(snapshot, SnapshotInfo) else file.find_snapshot(snapshot)
         self.size = self.snapshot.size
         self.nb_backing = file.nb_backing if isinstance(file, BlockNode) else 0
         self.must_confirm = file.must_confirm_snapshots
+        self.status_may_change = file.snapshot_status_may_change
 
     def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self.file.preadv_snapshot(self.snapshot, offset, buffers)

@@ -42,8 +42,13 @@ def parse(ref: str) -> SnapshotRef:
     return SnapshotRef(**{key: value})
 
 
-def find(snapshots: Sequence[SnapshotInfo], ref: str) -> SnapshotInfo:
+def find(snapshots: Sequence[SnapshotInfo], ref: str | None) -> SnapshotInfo:
     """The one snapshot that `ref` names. A snapshot whose very name looks like `id=3` is found by name=id=3."""
+    if ref is None:
+        if len(snapshots) == 1:
+            return snapshots[0]
+        kind, what = (SnapshotAmbiguous, "say which one") if snapshots else (SnapshotNotFound, "there is none")
+        raise kind(f"no snapshot was named, and there are {len(snapshots)}: {what}")
     parsed = parse(ref)
     fitting = [snapshot for snapshot in snapshots if parsed.fits(snapshot)]
     if len(fitting) == 1:

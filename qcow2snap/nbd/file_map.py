@@ -122,7 +122,7 @@ class FileMap:
 
     def _extents_of(self, start: int, length: int) -> list[Extent]:
         """None of a window that is too ragged, or damaged somewhere: there, each read has to ask for itself."""
-        if not self._node.read_only:
+        if not self._node.read_only or self._node.status_may_change:
             return []  # it may put its bytes elsewhere at any time
         try:
             extents = list(islice(self._node.block_status(start, length, want_zero=False), MAX_WINDOW_EXTENTS + 1))

@@ -19,6 +19,7 @@ from construct import ConstructError
 from formats import nbd
 from formats.nbd import Command, CommandFlag, Errno
 from qcow2snap.block.node import (
+    AccessDenied,
     Buffer,
     Extent,
     NBDError,
@@ -306,4 +307,5 @@ _ERRNO = {
     ReadOnly: Errno.EPERM,
     NoSpace: Errno.ENOSPC,
     NotSupported: Errno.ENOTSUP,
+    AccessDenied: Errno.EINVAL,  # NBD has no EACCES; this is how QEMU says it
 }

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from qcow2snap.block.node import Extent, FileError
 from qcow2snap.nbd import file_map as module
 from qcow2snap.nbd.file_map import FileMap
-from tests.nbd.support import NewNode, PatchworkNode
+from tests.nbd.support import NewNode, PatchworkNode, ZeroNode
 from tests.nbd.test_transmission import RUNS
 
 
@@ -151,3 +151,10 @@ def test_a_node_that_is_confirmed_may_have_files_that_others_write(new_node: New
     buffer = bytearray(9)
     assert FileMap(node).read_at_hand(5, memoryview(buffer))
     assert buffer == node.content[5:14]
+
+
+def test_of_a_node_whose_ranges_may_become_unreadable_nothing_is_remembered() -> None:
+    node = ZeroNode(module.WINDOW)
+    node.status_may_change = True
+    assert not FileMap(node).read_at_hand(0, memoryview(bytearray(4096)))
+    assert not FileMap(node).extents(0, 4096)
