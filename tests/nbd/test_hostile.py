@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from tests.nbd.test_serve import Serving
 from tests.nbd.wire import ask, handshake, meta, packed, read, receiver, understand
 from tests.support import Image
 from tests.support.memory import memory_limit, process_tree
+from tests.support.table import write_table
 
 SIZE = 8 << 20  # bytes of the snapshot that is served
 HANDSHAKE_TIMEOUT = 2  # seconds
@@ -481,6 +483,30 @@ def test_a_log_that_nobody_reads_holds_up_nobody_and_does_not_grow_with_the_atta
     said = serving.process.communicate(timeout=PATIENCE)[1].decode()
     assert "refused: 1 connections are all there can be" in said
     assert 100 <= said.count("\n") < 1000
+
+
+def test_an_image_of_many_large_tables_does_not_fill_memory(tmp_path: Path) -> None:
+    """Twenty snapshots, each with an L1 table of 32 MiB: all of them the same hole of the file."""
+    image = Image.create(tmp_path / "disk.qcow2", "1M").snapshot("template")
+    hole, size, [entry] = 1 << 20, 32 << 20, image.entries
+    os.truncate(image.path, hole + size)
+    state = struct.pack(">QQ", 1 << 20, 1 << 20)
+    write_table(
+        image.path,
+        [replace(entry, l1_table_offset=hole, l1_size=size >> 3, id=b"%d" % n, name=b"n%d" % n, extra=state)
+         for n in range(1, 21)],
+    )  # fmt: skip
+    serving = Serving(image.path, "-k", tmp_path / "s", "--workers", "0")
+    with memory_limit(256 << 20, serving.process.pid):  # L1 tables have a budget of 64 MiB; one is read at a time
+        for n in range(1, 21):
+            for name in (b"n%d" % n, b"vmstate:n%d" % n):
+                with socket.socket(socket.AF_UNIX) as sock:
+                    sock.connect(str(tmp_path / "s"))
+                    sock.settimeout(PATIENCE)
+                    receive = handshake(sock, SIMPLE_REPLIES, name)
+                    sock.sendall(packed(read(0, 512)))
+                    assert receive(16 + 512)[4:] == bytes(4) + struct.pack(">Q", 7) + bytes(512)
+    assert serving.stop() == 0
 
 
 def test_connections_that_are_reset_over_tcp_leave_nothing_behind(image: Image, tmp_path: Path) -> None:

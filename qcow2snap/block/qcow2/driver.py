@@ -32,6 +32,7 @@ from qcow2snap.block.qcow2.epoch import L1_CACHE_SIZE, Epoch
 from qcow2snap.block.qcow2.header import ImageHeader, read_header
 from qcow2snap.block.qcow2.in_use import is_same_snapshot, look_at_table, pointing
 from qcow2snap.block.qcow2.snapshot_table import SnapshotTable
+from qcow2snap.block.qcow2.vm_state import VMState
 
 if TYPE_CHECKING:
     from qcow2snap.block.qcow2.bitmaps import BitmapInfo, DirtyBitmap
@@ -162,11 +163,15 @@ class Qcow2Node(BlockNode, SnapshotAccess, ChangeTracking):
     def pdiscard_snapshot(self, snapshot: SnapshotInfo, offset: int, length: int) -> None:
         """Nothing: an internal snapshot is not the reader's to punch."""
 
-    def vm_state(self, snapshot: SnapshotInfo) -> View:
+    def vm_state(self, snapshot: SnapshotInfo) -> VMState:
         if not snapshot.vm_state_size:
             raise SnapshotNotFound(f"{self.filename}: snapshot {snapshot} has no VM state")
-        epoch = self._epoch
-        return epoch.vm_state(epoch.entry(snapshot))
+
+        def view() -> View:
+            epoch = self._epoch
+            return epoch.vm_state(epoch.entry(snapshot))
+
+        return VMState(view)
 
     def refresh(self) -> bool:
         """As SnapshotAccess.refresh. Where the file holds another image by now: ImageInUse."""

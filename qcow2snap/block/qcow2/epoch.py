@@ -40,7 +40,9 @@ class Epoch:
         self._header = header
         self._new_image = new_image
         self._look = look
-        self._views: BoundedCache[int, View] = BoundedCache(L1_CACHE_SIZE)  # by position in the table; -1: active
+        self._views: BoundedCache[int, View] = BoundedCache(
+            L1_CACHE_SIZE
+        )  # by position in the table, -1: active, -2 and below: VM states
         if look is not None:
             self._watches = [SnapshotWatch(file, header, entry, look.pointer) for entry in look.table.entries]
 
@@ -102,17 +104,18 @@ class Epoch:
         return view
 
     def vm_state(self, entry: TableEntry) -> View:
-        from qcow2snap.block.qcow2.view import View
+        """The VM state saved with a snapshot. Kept like the disks."""
+        position = -2 - entry.info.position
+        view = self._views.get(position)
+        if view is None:
+            from qcow2snap.block.qcow2.view import View
 
-        # Its place follows from the snapshot's own size; a backing file has nothing to say there.
-        return View(
-            self.image,
-            self.l1_table(entry),
-            start=self._header.vm_state_offset(entry.info.size),
-            size=entry.info.vm_state_size,
-            has_backing=False,
-            watch=self.watch(entry),
-        )
+            # Its place follows from the snapshot's own size; a backing file has nothing to say there.
+            start, l1 = self._header.vm_state_offset(entry.info.size), self.l1_table(entry)
+            size = entry.info.vm_state_size
+            view = View(self.image, l1, start=start, size=size, has_backing=False, watch=self.watch(entry))
+            self._views.put(position, view, l1.nbytes)
+        return view
 
     def l1_table(self, entry: TableEntry | None) -> L1Table:
         """The L1 table of a snapshot, or of the active disk. Read anew."""
