@@ -16,12 +16,14 @@ from array import array
 from bisect import bisect_right
 from itertools import islice
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 from qcow2snap.block.node import BlockNode, Extent, HostFile, Qcow2SnapError, Status
 
 WINDOW = 1 << 20  # bytes of the disk that are looked up at once
 MAX_WINDOW_EXTENTS = 1 << 8  # a window in more pieces than this is left to the node
-MAX_EXTENTS = 1 << 16  # in all; 32 bytes each
+MAX_EXTENTS = 1 << 16  # of one map; 32 bytes each
+MAX_EXTENTS_IN_ALL = 1 << 19  # of all maps: an image may have 65,536 snapshots, and a client may read each
 _ZEROS = bytes(1 << 16)
 
 _DATA = Status.DATA | Status.ALLOCATED
@@ -44,7 +46,8 @@ class FileMap:
 
     threads  any, at any time: a window is never changed, and to look one up twice does no harm
     errors   none: what cannot be read here is left to the node
-    memory   some 2 MiB at most; beyond that the oldest windows go
+    memory   some 2 MiB at most; beyond that the oldest windows go. Of all maps 16 MiB; then those go that least lately
+             learnt something
     owns     nothing: the files belong to the node, which has to stay open
     """
 
@@ -52,7 +55,6 @@ class FileMap:
         self._node = node
         self._windows: dict[int, _Window] = {}
         self._size = 0  # of all windows, in extents
-        self._lock = threading.Lock()  # to keep a window; finding one needs none
         self._flags = os.RWF_NOWAIT  # 0 once a file system does not know it: then every read waits
 
     def read_at_hand(self, offset: int, buffer: memoryview) -> bool:
@@ -131,11 +133,30 @@ class FileMap:
         return extents if len(extents) <= MAX_WINDOW_EXTENTS else []
 
     def _keep(self, number: int, window: _Window) -> None:
-        with self._lock:
+        with _keeping:
             self._size += _weight(window) - _weight(self._windows.pop(number, None))
             while self._size > MAX_EXTENTS and self._windows:
                 self._size -= _weight(self._windows.pop(next(iter(self._windows))))
             self._windows[number] = window
+            _maps.pop(self, None)
+            _maps[self] = None
+            if len(_maps) > MAX_EXTENTS_IN_ALL // MAX_EXTENTS:  # fewer cannot be too many
+                _forget_oldest()
+
+
+_keeping = threading.Lock()  # to keep a window; finding one needs none
+_maps: WeakKeyDictionary[FileMap, None] = WeakKeyDictionary()  # that have windows; who learnt last is the last
+
+
+def _forget_oldest() -> None:
+    maps = list(_maps)
+    total = sum(each._size for each in maps)
+    for oldest in maps[:-1]:
+        if total <= MAX_EXTENTS_IN_ALL:
+            return
+        total -= oldest._size
+        oldest._windows, oldest._size = {}, 0
+        del _maps[oldest]
 
 
 def _weight(window: _Window | None) -> int:

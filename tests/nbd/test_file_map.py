@@ -158,3 +158,14 @@ def test_of_a_node_whose_ranges_may_become_unreadable_nothing_is_remembered() ->
     node.status_may_change = True
     assert not FileMap(node).read_at_hand(0, memoryview(bytearray(4096)))
     assert not FileMap(node).extents(0, 4096)
+
+
+def test_all_maps_together_are_bounded(new_node: NewNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_EXTENTS_IN_ALL", 100)
+    monkeypatch.setattr(module, "MAX_EXTENTS", 50)
+    node = new_node(*[("file", 4096), ("memory", 4096)] * 10)
+    maps = [FileMap(node) for _ in range(30)]
+    for each in maps * 2:
+        assert pread(each, 4000, 200) == node.content[4000:4200]
+        assert sum(len(window.starts) for one in maps for window in one._windows.values()) <= 100
+        assert each._windows, "the one that is in use stays"
