@@ -260,9 +260,9 @@ def test_nbdkit_passes_exports_on_over_tcp(served_over_tcp: tuple[FixtureImage, 
 
 
 def test_nbd_client_lists_the_exports(served_over_tcp: tuple[FixtureImage, str]) -> None:
-    require("nbd-client")
+    program = require("nbd-client")
     image, port = served_over_tcp
-    listing = run("nbd-client", "-l", "127.0.0.1", "-p", port, check=False)
+    listing = run(program, "-l", "127.0.0.1", "-p", port, check=False)
     for name, _, _ in recorded(image):
         assert re.search(rf"^{re.escape(name)}: .*(disk|state)", listing, re.MULTILINE), name
 

@@ -36,7 +36,7 @@ class Result(NamedTuple):
 
 def require(tool: str) -> str:
     """The path of a program. Without it the test is skipped, but where CI=true it fails: there, all are installed."""
-    path = shutil.which(tool)
+    path = shutil.which(tool, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
     if path is None:
         if os.environ.get("CI") == "true":
             pytest.fail(f"{tool} is not installed")
