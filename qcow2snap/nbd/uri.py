@@ -9,6 +9,16 @@ from formats.nbd import NBD_PORT
 from qcow2snap.block.node import NBDError
 
 
+class TLSParameters(NamedTuple):
+    """What a client needs for TLS, by libnbd's names for them."""
+
+    certificates: str = ""  # a directory: ca-cert.pem, and client-cert.pem and client-key.pem where there are any
+    verify_peer: bool = True  # the server's certificate, for its name
+    psk_file: str = ""  # lines USERNAME:HEXKEY
+    username: str = ""  # in that file
+    hostname: str = ""  # that the certificate is for, if not the URI's
+
+
 class URI(NamedTuple):
     """Where an export is: on a Unix socket if `socket` is set, on vsock if `cid` is, else at `host`; "" is the default.
 
@@ -22,6 +32,7 @@ class URI(NamedTuple):
     port: int = NBD_PORT
     cid: int | None = None
     tls: bool = False
+    tls_parameters: TLSParameters = TLSParameters()  # not printed: they are the client's alone
 
     def __str__(self) -> str:
         name = quote(self.export, safe="")
@@ -36,7 +47,7 @@ class URI(NamedTuple):
 
 
 def parse(text: str) -> URI:
-    """The export that a URI names. NBDError for any other URI, and for TLS and vsock, which are not spoken."""
+    """The export that a URI names. NBDError for what is no URI of these: nbd, nbd+unix, nbd+vsock, and nbds for TLS."""
     try:
         parts = urlsplit(text)
         port = NBD_PORT if parts.port is None else parts.port
@@ -44,11 +55,34 @@ def parse(text: str) -> URI:
         export = unquote(parts.path.removeprefix("/"), errors="strict")
     except ValueError as error:
         raise NBDError(f"{text}: not an NBD URI: {error}") from error
-    if parts.scheme == "nbd" and parts.hostname:
-        return URI(export, host=unquote(parts.hostname), port=port)
-    if parts.scheme == "nbd+unix":
-        paths = parse_qs(parts.query).get("socket", [])
+    tls = parts.scheme.startswith("nbds")
+    scheme = parts.scheme.replace("nbds", "nbd", 1)
+    query = parse_qs(parts.query)
+    parameters = _tls_parameters(text, query) if tls else TLSParameters()
+    if scheme == "nbd" and parts.hostname:
+        return URI(export, host=unquote(parts.hostname), port=port, tls=tls, tls_parameters=parameters)
+    if scheme == "nbd+vsock" and parts.hostname and parts.hostname.isascii() and parts.hostname.isdigit():
+        return URI(export, cid=int(parts.hostname), port=port, tls=tls, tls_parameters=parameters)
+    if scheme == "nbd+unix":
+        paths = query.get("socket", [])
         if len(paths) == 1:
-            return URI(export, socket=paths[0])
-        raise NBDError(f"{text}: a nbd+unix URI names its socket once: nbd+unix:///EXPORT?socket=PATH")
+            return URI(export, socket=paths[0], tls=tls, tls_parameters=parameters)
+        raise NBDError(f"{text}: a {parts.scheme} URI names its socket once: {parts.scheme}:///EXPORT?socket=PATH")
     raise NBDError(f"{text}: not a URI of the form nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=PATH")
+
+
+def _tls_parameters(text: str, query: dict[str, list[str]]) -> TLSParameters:
+    verify = query.get("tls-verify-peer", ["true"])[-1]
+    if verify not in ("true", "false", "1", "0"):
+        raise NBDError(f"{text}: tls-verify-peer is true or false")
+
+    def last(name: str) -> str:
+        return query.get(name, [""])[-1]
+
+    return TLSParameters(
+        last("tls-certificates"),
+        verify in ("true", "1"),
+        last("tls-psk-file"),
+        last("tls-username"),
+        last("tls-hostname"),
+    )

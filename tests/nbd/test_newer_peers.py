@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from qcow2snap.block.node import BlockNode, Extent
+from qcow2snap.block.node import BlockNode, Extent, NBDError
+from qcow2snap.nbd.client import Client
 from tests.nbd.support import NewNode, Serve, ZeroNode, exports, run
 from tests.support.tools import REPOSITORY
 
@@ -63,3 +67,25 @@ def test_qemu_maps_what_is_behind_4_gib(peers: Path, serve: Serve) -> None:
         peers / "qemu-img", "map", "-f", "raw", "--output=json", where
     )
     assert "transaction size: 64-bit" in run(peers / "qemu-nbd", "--list", "-k", where.partition("socket=")[2])
+
+
+def test_our_client_maps_their_terabytes_by_one_request(peers: Path, tmp_path: Path) -> None:
+    size = (5 << 40) + 512
+    with (tmp_path / "disk").open("wb") as disk:
+        disk.truncate(size)
+    command = [peers / "qemu-nbd", "-t", "-r", "-f", "raw", "-k", tmp_path / "s", tmp_path / "disk"]
+    server = subprocess.Popen([str(part) for part in command])
+    where = f"nbd+unix:///?socket={tmp_path}/s"
+    try:
+        for _ in range(200):
+            with suppress(NBDError):
+                Client.connect(where).close()
+                break
+            time.sleep(0.05)
+        with Client.connect(where) as client:
+            assert client.go().size == size
+            assert client.framing.extended
+            assert sum(length for length, _ in client.block_status(0, size)) == size
+    finally:
+        server.terminate()
+        server.wait(20)

@@ -13,7 +13,7 @@ from formats.nbd import Command, TransmissionFlag
 from qcow2snap.block.node import NBDError
 from qcow2snap.nbd import uri as nbd_uri
 from qcow2snap.nbd.client.negotiation import ClientNegotiation, ExportInfo, ListedExport
-from qcow2snap.nbd.client.replies import Steps
+from qcow2snap.nbd.client.replies import ReplyError, Steps
 from qcow2snap.nbd.client.transmission import Reply, Request, Runs, Transmission
 from qcow2snap.nbd.framing import Framing
 
@@ -53,12 +53,33 @@ class Client:
                 sock = socket.socket(socket.AF_UNIX)
                 sock.settimeout(timeout)
                 sock.connect(target.socket)
+            elif target.cid is not None:
+                sock = socket.socket(socket.AF_VSOCK)
+                sock.settimeout(timeout)
+                sock.connect((target.cid, target.port))
             else:
                 sock = socket.create_connection((target.host, target.port), timeout)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
             raise NBDError(f"{target}: cannot connect: {error}") from error
-        return cls(sock, **options)
+        client = cls(sock, **options)
+        if target.tls:
+            try:
+                client._start_tls(target)
+            except BaseException:
+                client._socket.close()
+                raise
+        return client
+
+    def _start_tls(self, target: nbd_uri.URI) -> None:
+        """Go on by TLS, or not at all: a URI that asks for it is never served without."""
+        from qcow2snap.nbd.client.tls import secured  # ssl takes 20 ms to import
+
+        try:
+            self._run(self._negotiation.starttls())
+        except ReplyError as error:
+            raise NBDError(f"{target}: the server does not speak TLS: {error}") from error
+        self._socket = secured(self._socket, target)
 
     # The handshake.
 

@@ -55,11 +55,12 @@ class ClientNegotiation:
         """Extended headers and structured replies are asked for unless told otherwise, and used if the server can."""
         self.framing: Framing = SIMPLE_REPLIES
         self.contexts: dict[int, str] = {}
-        self._to_try: list[tuple[OptionType, Framing]] = []
+        self._wanted: list[tuple[OptionType, Framing]] = []
         if extended_headers:
-            self._to_try.append((OptionType.EXTENDED_HEADERS, EXTENDED_HEADERS))
+            self._wanted.append((OptionType.EXTENDED_HEADERS, EXTENDED_HEADERS))
         if structured_replies:
-            self._to_try.append((OptionType.STRUCTURED_REPLY, STRUCTURED_REPLIES))
+            self._wanted.append((OptionType.STRUCTURED_REPLY, STRUCTURED_REPLIES))
+        self._to_try = list(self._wanted)
         self._out = b""
 
     def data_to_send(self) -> bytes:
@@ -80,6 +81,8 @@ class ClientNegotiation:
     def starttls(self) -> Steps[None]:
         """Once these steps are done, the next bytes in both directions are TLS. What was agreed on before is void."""
         yield from self._option(OptionType.STARTTLS)
+        self.framing, self.contexts = SIMPLE_REPLIES, {}
+        self._to_try = list(self._wanted)
 
     def list_exports(self) -> Steps[list[ListedExport]]:
         exports = []
