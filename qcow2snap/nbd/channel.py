@@ -77,7 +77,7 @@ class Arrivals:
             self._start += size
             yield self._start - size
 
-    def payload(self, length: int) -> Iterator[memoryview]:
+    def payload(self, length: int, before_waiting: Callable[[], None]) -> Iterator[memoryview]:
         """The data behind the header that was given last, in pieces, each good until the next one is asked for."""
         here = min(length, self._end - self._start)
         if here:
@@ -86,6 +86,7 @@ class Arrivals:
         missing = length - here
         if not missing:
             return
+        before_waiting()
         self._start = self._end = 0
         piece = memoryview(bytearray(min(missing, PIECE)))
         while missing:

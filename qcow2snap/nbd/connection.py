@@ -153,8 +153,8 @@ class Connection:
                     else:
                         payload: Iterator[memoryview] = iter(())
                         if payload_length := framing.payload_length(flags, command, length):
-                            outbox.flush()  # the client may wait for these before it sends the rest of its payload
-                            payload = arrivals.payload(payload_length)
+                            # The client may wait for earlier replies before it sends the rest of its payload.
+                            payload = arrivals.payload(payload_length, before_waiting=outbox.flush)
                         for piece in answers.answer(Request(flags, command, cookie, offset, length), payload):
                             outbox.write(piece)
                         for _ in payload:  # what a request that was refused left behind
