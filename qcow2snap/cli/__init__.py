@@ -26,6 +26,7 @@ _COMMANDS = {
     "diff": "Show which bytes differ between two snapshots, and how.",
     "digest": "Hash snapshots, and check them against a manifest.",
     "serve": "Export all snapshots over NBD.",
+    "fleece": "Keep what a raw disk is now, while it is written over NBD.",
 }
 
 # Exit codes of commands that could not, where it is not 1. As in `qemu-img compare`, 1 says that there is a difference.

@@ -30,6 +30,7 @@ _MAX_URIS = 1 << 15
 @click.command("serve", cls=serve_options.SectionedCommand)
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @serve_options.listening_options
+@serve_options.stdio_option
 @options.snapshot_option
 @click.option("--prefix", "prefixes", metavar="NAME", multiple=True,
               help="Begin the exports' names with NAME/; once for each IMAGE, in their order.")  # fmt: skip

@@ -1,4 +1,7 @@
-"""The options of `qcow2snap serve` by kind, and what goes with what among them. Opens and serves nothing."""
+"""The options of `qcow2snap serve` by kind, and what goes with what among them. Opens and serves nothing.
+
+Where to listen is said to `qcow2snap fleece` in the same way.
+"""
 
 from __future__ import annotations
 
@@ -59,11 +62,15 @@ def listening_options(function: F) -> F:
                           f"addresses, and one address with all ports.  [default: {NBD_PORT}]"),
         click.option("--vsock", is_flag=True,
                      help="vsock, for virtual machines and their host, on the ports of -p; TCP only with -b then."),
-        click.option("--stdio", is_flag=True,
-                     help="Standard input and output are the one client: for inetd, systemd and ssh."),
     ]):  # fmt: skip
         function = option(function)
     return function
+
+
+def stdio_option(function: F) -> F:
+    return click.option(
+        "--stdio", is_flag=True, help="Standard input and output are the one client: for inetd, systemd and ssh."
+    )(function)
 
 
 def client_options(function: F) -> F:

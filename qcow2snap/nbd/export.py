@@ -34,6 +34,7 @@ class Export:
     description: str = ""
     preferred_block_size: int = 4096  # bytes, a power of 2
     snapshots: SnapshotNames | None = None  # with which the node can be compared
+    may_trim: bool = False  # a read-only node: the reader may say what it needs no more
 
     @cached_property
     def node(self) -> BlockNode:

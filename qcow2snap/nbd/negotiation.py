@@ -64,7 +64,12 @@ class Agreement(NamedTuple):
         """
         flags = TransmissionFlag.HAS_FLAGS | TransmissionFlag.CAN_MULTI_CONN
         flags |= TransmissionFlag.SEND_FLUSH | TransmissionFlag.SEND_CACHE
-        flags |= TransmissionFlag.READ_ONLY if self.node.read_only else _WRITING
+        if not self.node.read_only:
+            flags |= _WRITING
+        elif self.export.may_trim:
+            flags |= TransmissionFlag.SEND_TRIM  # what says that it is read-only has to refuse TRIM
+        else:
+            flags |= TransmissionFlag.READ_ONLY
         if self.structured_replies or self.extended_headers:
             flags |= TransmissionFlag.SEND_DF
         if self.extended_headers and self.contexts:

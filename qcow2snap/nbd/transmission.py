@@ -102,6 +102,7 @@ class Answers:
         self._has_told = False  # the log, that the snapshot is gone
         self._contexts = agreement.contexts
         self._node = agreement.node
+        self._may_trim = agreement.export.may_trim or not agreement.node.read_only
         self._framing = agreement.framing
 
     def answer(self, request: Request, payload: Iterable[Buffer] = ()) -> Iterator[bytes]:
@@ -222,7 +223,9 @@ class Answers:
         yield self._written(request)
 
     def _trim(self, request: Request, payload: Iterable[Buffer]) -> Iterator[bytes]:
-        self._check_write(request, 0, beyond=Errno.EINVAL)
+        if not self._may_trim:
+            raise _read_only()
+        self._check(request, 0)
         self._node.pdiscard(request.offset, request.length)
         yield self._written(request)
 
@@ -252,13 +255,17 @@ class Answers:
             raise Refused(Errno.EINVAL, f"command {request.type} does not go with flags {request.flags:#x}")
         self._node.check_range(request.offset, request.length)
 
-    def _check_write(self, request: Request, allowed_flags: int, *, beyond: Errno = Errno.ENOSPC) -> None:
+    def _check_write(self, request: Request, allowed_flags: int) -> None:
         if self._node.read_only:
-            raise ReadOnly("this export is read-only: it cannot be written")
+            raise _read_only()
         try:
             self._check(request, allowed_flags)
         except OutOfRange as error:
-            raise Refused(beyond, str(error)) from error
+            raise Refused(Errno.ENOSPC, str(error)) from error
+
+
+def _read_only() -> ReadOnly:
+    return ReadOnly("this export is read-only: it cannot be written")
 
 
 class Part(NamedTuple):

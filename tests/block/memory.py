@@ -19,6 +19,8 @@ class MemoryDisk(BlockNode):
     """Its content, which of its blocks take space, and a hook that is called before each step, with its range."""
 
     read_only = False
+    filename = "memory"
+    stable = False
 
     def __init__(self, content: bytes) -> None:
         self.content = bytearray(content)
@@ -26,6 +28,9 @@ class MemoryDisk(BlockNode):
         self.allocated = {n for n in range(-(-self.size // BLOCK)) if any(content[n * BLOCK : (n + 1) * BLOCK])}
         self.calls: list[tuple[str, int, int]] = []
         self.hook: Hook = lambda *step: None
+
+    def fileno(self) -> int:
+        raise AssertionError("there is none")
 
     def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
         length = sum(map(len, buffers))
@@ -70,7 +75,7 @@ class MemoryDisk(BlockNode):
         while offset < end:
             stop = min(end, (offset // BLOCK + 1) * BLOCK)
             status = Status.DATA if offset // BLOCK in self.allocated else Status.ZERO
-            yield Extent(offset, stop - offset, status | Status.ALLOCATED)
+            yield Extent(offset, stop - offset, status | Status.ALLOCATED, 0, self, offset)
             offset = stop
 
     def _step(self, what: str, offset: int, length: int) -> None:

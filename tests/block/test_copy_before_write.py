@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcow2snap.block.copy_before_write import CopyBeforeWriteNode, CopyTimeout, OnCbwError
+from qcow2snap.block.copy_before_write import MAX_CLAIM, CopyBeforeWriteNode, CopyTimeout, OnCbwError
 from qcow2snap.block.node import (
     AccessDenied,
     FileError,
@@ -279,6 +279,17 @@ def test_nothing_else_waits_while_the_target_is_slow() -> None:
     guest.result()
 
 
+def test_a_read_holds_off_no_guest_where_it_reads_from_the_target() -> None:
+    fleecing = Fleecing()
+    fleecing.write(CLUSTER, 1)
+    with stopped(fleecing.disk, "read-half", at=0) as reading:
+        reader = Task(fleecing.read, 0, 2 * CLUSTER)
+        reading.wait_for_one()
+        fleecing.disk.hook = lambda *step: None
+        assert not Task(fleecing.write, CLUSTER, 1).waits()
+    assert reader.result() == fleecing.before[: 2 * CLUSTER]
+
+
 def test_what_is_given_back_while_it_is_copied_is_freed() -> None:
     fleecing = Fleecing()
     with stopped(fleecing.target, "write-half") as copying:
@@ -336,6 +347,12 @@ def test_zeros_are_remembered_and_not_copied(are_holes: bool) -> None:
     zeros, data = fleecing.snapshot.block_status(0, SIZE)
     assert (zeros.length, zeros.must_read, data.must_read) == (5 * CLUSTER, False, True)
     assert any(what == "read" and offset == 0 for what, offset, _ in fleecing.disk.calls) != are_holes
+
+
+def test_much_at_once_is_claimed_in_pieces() -> None:
+    fleecing = Fleecing(bytes(MAX_CLAIM + CLUSTER))
+    fleecing.node.pdiscard(0, MAX_CLAIM + CLUSTER)
+    assert [length for what, _, length in fleecing.disk.calls if what == "status"] == [MAX_CLAIM, CLUSTER]
 
 
 def test_bytes_of_no_length_copy_nothing() -> None:

@@ -25,12 +25,16 @@ class Serving:
     """A `qcow2snap serve` that has printed its URIs."""
 
     def __init__(
-        self, *arguments: str | Path, stderr: int | IO[bytes] = subprocess.PIPE, process_group: int | None = None
+        self,
+        *arguments: str | Path,
+        stderr: int | IO[bytes] = subprocess.PIPE,
+        process_group: int | None = None,
+        command: str = "serve",
     ) -> None:
-        command = [sys.executable, "-m", "qcow2snap", "serve", *map(str, arguments)]
+        words = [sys.executable, "-m", "qcow2snap", command, *map(str, arguments)]
         env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=stderr, env=env, process_group=process_group
+            words, stdout=subprocess.PIPE, stderr=stderr, env=env, process_group=process_group
         )
         self.stderr = ""  # once it has ended
         assert self.process.stdout is not None

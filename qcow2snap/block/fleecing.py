@@ -1,0 +1,91 @@
+"""The graph of fleecing, from two file names: copy-before-write over a raw disk and a raw target, and its snapshot.
+
+What copy-before-write does is in `copy_before_write`; who reads and writes is not known here.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack, suppress
+from typing import Any
+
+from qcow2snap.block.copy_before_write import CopyBeforeWriteNode
+from qcow2snap.block.file import FileNode, Locking, file_error
+from qcow2snap.block.graph import open_raw, probe
+from qcow2snap.block.node import FileError, UnsupportedFeature
+from qcow2snap.block.raw import RawNode
+from qcow2snap.block.snapshot_access import SnapshotAccessNode
+from qcow2snap.block.writable_file import WritableFileNode
+
+
+class Fleecing:
+    """A disk in use, and what it was at the moment when this was made.
+
+    guest    the disk, to be read and written; whoever else writes it meanwhile destroys the snapshot
+    backup   the snapshot, read-only; what its reader discards is given back by the target
+    threads  any
+    owns     both files; close() it when neither node is in use any more. The target's file is removed then if it was
+             made here: without the memory of this process nobody knows what is in it
+    """
+
+    def __init__(self, disk: str, target: str, *, raw: bool = False, force: bool = False, **options: Any) -> None:
+        """The target is made if there is none; `force` overwrites what there is, but never what somebody uses.
+
+        `raw`: the disk is raw whatever it looks like. Other options: those of CopyBeforeWriteNode.
+        """
+        if not raw:
+            _check_is_raw(disk)
+        with suppress(OSError, ValueError):
+            if os.path.samefile(disk, target):
+                raise FileError(f"{target}: is the disk itself; the target has to be another file")
+        with ExitStack() as opened:
+            disk_node = open_raw(disk, writable=True)
+            opened.callback(disk_node.close)
+            target_file = _open_target(target, disk_node.size, force, opened)
+            self.guest = CopyBeforeWriteNode(disk_node, RawNode(target_file), **options)
+            opened.callback(self.guest.close)
+            self.backup = SnapshotAccessNode(self.guest)
+            self.close = opened.pop_all().close
+
+
+def _check_is_raw(filename: str) -> None:
+    file = FileNode(filename, locking=Locking.NONE)
+    try:
+        guess = probe(file)
+    finally:
+        file.close()
+    if guess != "raw":
+        raise UnsupportedFeature(
+            f"{filename}: looks like {guess}, and only raw disks can be written; if it is one, say -f raw"
+        )
+
+
+def _open_target(filename: str, size: int, force: bool, opened: ExitStack) -> WritableFileNode:
+    """A file of at least so many bytes, with nothing in it."""
+    try:
+        os.close(os.open(filename, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        opened.callback(_remove, filename, os.stat(filename).st_ino)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise file_error(filename, error) from None
+    except ValueError:
+        raise FileError(f"{filename!r}: not a file name") from None
+    file = WritableFileNode(filename)
+    opened.callback(file.close)
+    if not force and file.size and (file.is_block_device or file.hole_or_data(0) != (True, file.size)):
+        raise FileError(f"{filename}: has something in it; --force overwrites that, or name a file that is not there")
+    if not file.is_block_device:
+        try:
+            os.ftruncate(file.fileno(), 0)
+            os.ftruncate(file.fileno(), size)
+        except OSError as error:
+            raise file_error(filename, error) from None
+        file.size = size
+    return file
+
+
+def _remove(filename: str, inode: int) -> None:
+    with suppress(OSError):
+        if os.stat(filename).st_ino == inode:
+            os.unlink(filename)
