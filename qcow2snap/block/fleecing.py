@@ -1,4 +1,4 @@
-"""The graph of fleecing, from two file names: copy-before-write over a raw disk and a raw target, and its snapshot.
+"""The graph of fleecing, from two file names or nodes: copy-before-write over a disk and a target, and its snapshot.
 
 What copy-before-write does is in `copy_before_write`; who reads and writes is not known here.
 """
@@ -12,7 +12,7 @@ from typing import Any
 from qcow2snap.block.copy_before_write import CopyBeforeWriteNode
 from qcow2snap.block.file import FileNode, Locking, file_error
 from qcow2snap.block.graph import open_raw, probe
-from qcow2snap.block.node import FileError, UnsupportedFeature
+from qcow2snap.block.node import BlockNode, FileError, UnsupportedFeature
 from qcow2snap.block.raw import RawNode
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
 from qcow2snap.block.writable_file import WritableFileNode
@@ -24,28 +24,43 @@ class Fleecing:
     guest    the disk, to be read and written; whoever else writes it meanwhile destroys the snapshot
     backup   the snapshot, read-only; what its reader discards is given back by the target
     threads  any
-    owns     both files; close() it when neither node is in use any more. The target's file is removed then if it was
-             made here: without the memory of this process nobody knows what is in it
+    owns     both children, also those that it was given open; close() it when neither node is in use any more. A
+             target's file that was made here is removed then: nobody else knows what is where in it
     """
 
-    def __init__(self, disk: str, target: str, *, raw: bool = False, force: bool = False, **options: Any) -> None:
-        """The target is made if there is none; `force` overwrites what there is, but never what somebody uses.
+    def __init__(
+        self, disk: str | BlockNode, target: str | BlockNode, *, raw: bool = False, force: bool = False, **options: Any
+    ) -> None:
+        """Each child is the name of a file, or a node. The target's file is made if there is none.
 
-        `raw`: the disk is raw whatever it looks like. Other options: those of CopyBeforeWriteNode.
+        `force` overwrites what there is in the target, but never what somebody uses. `raw`: the disk is raw whatever it
+        looks like. Other options: those of CopyBeforeWriteNode.
         """
-        if not raw:
-            _check_is_raw(disk)
-        with suppress(OSError, ValueError):
-            if os.path.samefile(disk, target):
-                raise FileError(f"{target}: is the disk itself; the target has to be another file")
         with ExitStack() as opened:
-            disk_node = open_raw(disk, writable=True)
-            opened.callback(disk_node.close)
-            target_file = _open_target(target, disk_node.size, force, opened)
-            self.guest = CopyBeforeWriteNode(disk_node, RawNode(target_file), **options)
+            for child in (target, disk):
+                if isinstance(child, BlockNode):
+                    opened.callback(child.close)
+            if isinstance(disk, str):
+                if not raw:
+                    _check_is_raw(disk)
+                if isinstance(target, str):
+                    _check_are_two(disk, target)
+                disk = open_raw(disk, writable=True)
+                opened.callback(disk.close)
+            if isinstance(target, str):
+                target = RawNode(_open_target(target, disk.size, force, opened))
+            elif not force and any(extent.must_read for extent in target.block_status(0, target.size)):
+                raise FileError("the target has something in it; --force overwrites that")
+            self.guest = CopyBeforeWriteNode(disk, target, **options)
             opened.callback(self.guest.close)
             self.backup = SnapshotAccessNode(self.guest)
             self.close = opened.pop_all().close
+
+
+def _check_are_two(disk: str, target: str) -> None:
+    with suppress(OSError, ValueError):
+        if os.path.samefile(disk, target):
+            raise FileError(f"{target}: is the disk itself; the target has to be another file")
 
 
 def _check_is_raw(filename: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from contextlib import ExitStack
 
@@ -10,6 +11,7 @@ import click
 
 from qcow2snap.block.copy_before_write import OnCbwError
 from qcow2snap.block.fleecing import Fleecing
+from qcow2snap.block.node import BlockNode
 from qcow2snap.cli import serve_options, text
 from qcow2snap.cli.options import Size
 from qcow2snap.nbd.export import Export, Exports
@@ -37,6 +39,8 @@ from qcow2snap.nbd.service import Offer, Service, pid_file, signals_held, stop_w
 @click.option("--cbw-timeout", type=click.FloatRange(0), default=0.0, metavar="SECONDS",
               help="What is not copied by then could not be copied.  [default: none]")  # fmt: skip
 @click.option("--min-cluster-size", type=Size(), default=0, help="Copy so much at a time, or more.  [default: 64k]")
+@click.option("--server-timeout", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True,
+              metavar="SECONDS", help="The server of an NBD URI is lost if it says nothing for so long.")  # fmt: skip
 @click.option("--exit-with-parent", is_flag=True, help="End when the process that started this one does.")
 @click.option("--pid-file", "pid_path", metavar="FILE", help="Write the process id there when ready.")
 @click.option("-v", "--verbose", is_flag=True, help="Log who connects, what they read and how much.")
@@ -55,11 +59,14 @@ def command(
     on_cbw_error: str,
     cbw_timeout: float,
     min_cluster_size: int,
+    server_timeout: float,
     exit_with_parent: bool,
     pid_path: str | None,
     verbose: bool,
 ) -> int:
     """Keep what the raw disk DISK is now, to be read over NBD, while it is written over NBD.
+
+    DISK and TEMP are files, or NBD URIs of what another server exports.
 
     There are two exports: guest is DISK, for its only writer (a virtual machine, nbd-client, nbdfuse), backup what DISK
     was when this began, read-only. Before a part of DISK is overwritten for the first time it is copied to TEMP, as by
@@ -74,9 +81,9 @@ def command(
     places = serve_options.places(sockets, hosts, ports, vsock)
     with ExitStack() as at_end:
         at_end.enter_context(signals_held())
+        children = [_opened(child, server_timeout) for child in (disk, target)]
         fleecing = Fleecing(
-            disk,
-            target,
+            *children,
             raw=image_format == "raw",
             force=force,
             on_cbw_error=OnCbwError(on_cbw_error),
@@ -112,3 +119,12 @@ def command(
         print(f"qcow2snap: the snapshot was lost: {node.snapshot_error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _opened(child: str, timeout: float) -> str | BlockNode:
+    """A remote export as a node; a file's name is left to who opens it."""
+    if not re.match(r"nbds?(\+unix|\+vsock)?://", child):
+        return child
+    from qcow2snap.nbd.remote_node import RemoteNode
+
+    return RemoteNode(child, writable=True, timeout=timeout)

@@ -17,6 +17,7 @@ import pytest
 from tests.block.test_image_lock import qemu_io_holding
 from tests.nbd.support import run as output
 from tests.nbd.test_interop import SYSTEM_PYTHON
+from tests.nbd.test_remote_node import Nbdkit, Start, nbdkit  # noqa: F401  # a fixture
 from tests.nbd.test_serve import Serving
 from tests.support import qemu_img, qemu_io, require
 from tests.support import run as cli
@@ -332,3 +333,50 @@ def test_a_backup_client_that_is_killed_harms_nobody(fleece: Fleece, disk: Path,
     output(require("qemu-io"), "-f", "raw", "-c", "write -P 7 0 8M", guest)
     assert disk.read_bytes()[: 8 * MiB] == b"\7" * (8 * MiB)
     assert copy(backup, tmp_path / "backup.raw") == before
+
+
+@pytest.fixture
+def remote_temp(nbdkit: Start) -> Nbdkit:  # noqa: F811
+    return nbdkit("memory", str(SIZE))
+
+
+def test_disk_and_target_may_be_elsewhere(
+    nbdkit: Start,  # noqa: F811
+    remote_temp: Nbdkit,
+    disk: Path,
+    tmp_path: Path,
+) -> None:
+    before = disk.read_bytes()
+    serving = Serving(
+        nbdkit("file", str(disk)).uri, "--target", remote_temp.uri, "-k", tmp_path / "s", command="fleece"
+    )
+    guest, backup = serving.uris
+    output(require("qemu-io"), "-f", "raw", "-c", "write -P 1 100k 3M", "-c", "write -z 5M 1M", "-c", "flush", guest)
+    assert copy(backup, tmp_path / "backup.raw") == before
+    assert disk.read_bytes()[100 * 1024 : 100 * 1024 + 3 * MiB] == b"\1" * (3 * MiB)
+    assert serving.stop() == 0
+    result = cli("fleece", disk, "--target", remote_temp.uri, "-k", tmp_path / "s")
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "has something in it" in result.stderr
+
+
+@pytest.mark.parametrize("policy", ["break-guest-write", "break-snapshot"])
+def test_a_target_that_dies_and_comes_back_never_gives_wrong_bytes(
+    remote_temp: Nbdkit, disk: Path, tmp_path: Path, policy: str
+) -> None:
+    """What it had kept is gone, and the server does not know that."""
+    before = disk.read_bytes()
+    options = ("--target", remote_temp.uri, "-k", tmp_path / "s", "--on-cbw-error", policy)
+    serving = Serving(disk, *options, command="fleece")
+    guest, backup = serving.uris
+    output(require("qemu-io"), "-f", "raw", "-c", "write -P 1 0 64k", guest)
+    remote_temp.kill()
+    remote_temp.start()
+    write = subprocess.run([require("qemu-io"), "-f", "raw", "-c", "write -P 2 1M 64k", guest], timeout=60)
+    assert (write.returncode == 0) == (policy == "break-snapshot")
+    assert disk.read_bytes()[MiB : MiB + CLUSTER] == (
+        b"\2" * CLUSTER if policy == "break-snapshot" else before[MiB : MiB + CLUSTER]
+    )
+    read = subprocess.run([require("nbdcopy"), backup, "null:"], capture_output=True, timeout=60)
+    assert read.returncode != 0
+    assert serving.stop() == (1 if policy == "break-snapshot" else 0)

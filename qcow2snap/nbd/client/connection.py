@@ -225,6 +225,15 @@ class Client:
             self._send(self._transmission.request(Request(Command.DISC)))
         self._socket.close()
 
+    @property
+    def is_idle(self) -> bool:
+        """All replies were taken: the connection can be used on."""
+        return self._transmission is not None and not self._transmission.in_flight
+
+    def abandon(self) -> None:
+        """Close without a word to the server, which may not listen."""
+        self._socket.close()
+
     def __enter__(self) -> Self:
         return self
 
