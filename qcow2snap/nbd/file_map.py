@@ -30,12 +30,13 @@ _DATA = Status.DATA | Status.ALLOCATED
 
 
 class _Window(NamedTuple):
-    """Runs of one window that lie in files, or are zeros, by index."""
+    """Runs of one window, by index."""
 
     starts: array[int]  # offsets on the disk, ascending
     ends: array[int]
     shifts: array[int]  # from an offset on the disk to the one in the file
-    files: list[HostFile | None]  # None: zeros
+    files: list[HostFile | None]  # None: in no file, or not verbatim
+    zeros: bytes  # 1 where zeros are read
 
 
 class FileMap:
@@ -66,20 +67,21 @@ class FileMap:
             return False
         file = window.files[index]
         if file is None:
-            buffer[:] = _ZEROS[:length]
-            return True
+            if window.zeros[index]:
+                buffer[:] = _ZEROS[:length]
+            return window.zeros[index] == 1
         try:
             return os.preadv(file.fileno(), [buffer], offset + window.shifts[index], self._flags) == length
         except OSError as error:
             return self._may_wait(error) and self.read_at_hand(offset, buffer)
 
     def extents(self, offset: int, length: int) -> list[Extent]:
-        """The extents of a range, none if it is not all in files or zeros. Not for a node that has to be confirmed."""
+        """The extents of a range, none if they are not known. Not for a node that has to be confirmed."""
         found = []
         end = offset + length
         while offset < end:
             window = self._windows.get(offset // WINDOW) or self._look_up(offset // WINDOW)
-            starts, ends, shifts, files = window
+            starts, ends, shifts, files, zeros = window
             stop = min(end, (offset // WINDOW + 1) * WINDOW)
             index = bisect_right(starts, offset) - 1
             while offset < stop:
@@ -87,10 +89,8 @@ class FileMap:
                     return []
                 run = min(ends[index], stop) - offset
                 file = files[index]
-                if file is None:
-                    found.append(Extent(offset, run, Status.ZERO))
-                else:
-                    found.append(Extent(offset, run, _DATA, 0, file, offset + shifts[index]))
+                status = Status.ZERO if zeros[index] else _DATA
+                found.append(Extent(offset, run, status, 0, file, offset + shifts[index] if file else 0))
                 offset += run
                 index += 1
         return found
@@ -108,19 +108,24 @@ class FileMap:
         return knows_nowait and not self._flags
 
     def _look_up(self, number: int) -> _Window:
-        window = _Window(array("Q"), array("Q"), array("q"), [])
         start = number * WINDOW
-        length = min(WINDOW, self._node.size - start)
-        for extent in self._extents_of(start, length):
-            file = extent.file if extent.must_read else None
-            if extent.must_read and not (file is not None and (file.stable or self._node.must_confirm)):
-                continue
-            window.starts.append(extent.offset)
-            window.ends.append(extent.end)
-            window.shifts.append(extent.file_offset - extent.offset)
-            window.files.append(file)
+        extents = self._extents_of(start, min(WINDOW, self._node.size - start))
+        files = [self._usable(extent) for extent in extents]
+        window = _Window(
+            array("Q", [extent.offset for extent in extents]),
+            array("Q", [extent.end for extent in extents]),
+            array("q", [extent.file_offset - extent.offset for extent in extents]),
+            files,
+            bytes(not extent.must_read for extent in extents),
+        )
         self._keep(number, window)
         return window
+
+    def _usable(self, extent: Extent) -> HostFile | None:
+        """The file to read an extent from, past the node."""
+        if extent.must_read and extent.file is not None and (extent.file.stable or self._node.must_confirm):
+            return extent.file
+        return None
 
     def _extents_of(self, start: int, length: int) -> list[Extent]:
         """None of a window that is too ragged, or damaged somewhere: there, each read has to ask for itself."""
