@@ -20,7 +20,7 @@ from qcow2snap.nbd.listen import listen_at_all, passed_listeners
 from qcow2snap.nbd.log import LogHandler
 from qcow2snap.nbd.negotiation import TLSMode
 from qcow2snap.nbd.server import Server
-from qcow2snap.nbd.service import Offer, Service, pid_file, signals_held, stop_with_parent
+from qcow2snap.nbd.service import Offer, Service, allow_connections, pid_file, signals_held, stop_with_parent
 from qcow2snap.nbd.uri import URI
 
 # Bytes of URIs that are printed at most: half of what a pipe holds, so that nobody has to read for us to go on.
@@ -115,6 +115,7 @@ def command(
             client = StandardIO()  # first of all: standard error may be the client's as well
             at_end.callback(client.close)
         logging.basicConfig(handlers=[LogHandler()], level=logging.INFO if verbose else logging.WARNING)
+        allow_connections(max_connections)
         offer = open_offer()
         at_end.enter_context(signals_held())
         listeners = [] if stdio else passed or listen_at_all(places)

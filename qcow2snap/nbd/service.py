@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 REFRESH_SIGNAL = signal.SIGHUP
+OTHER_DESCRIPTORS = 512  # that a process may need besides its connections: images, backing files, channels to workers
 
 
 class Offer(NamedTuple):
@@ -76,6 +78,16 @@ def stop_with_parent(server: Server) -> None:
         raise UnsupportedFeature(f"--exit-with-parent needs Linux 5.3 or later: {error.strerror}") from error
     if os.getppid() != parent:  # it ended before it could be watched
         server.request_stop()
+
+
+def allow_connections(count: int) -> None:
+    """Have as many descriptors as so many connections take, if the system's hard limit lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + OTHER_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        needed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))
 
 
 class Service:

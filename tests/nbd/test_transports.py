@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shlex
 import signal
 import socket
@@ -312,6 +313,14 @@ def test_once_ends_with_the_first_client_that_chose_an_export(image: Image, tmp_
         output("nbdcopy", "--connections=4", "--threads=4", serving.uris[0], tmp_path / "copy")
         assert serving.process.wait(10) == 0
         assert not (tmp_path / "s").exists()
+
+
+def test_it_has_descriptors_for_as_many_connections_as_it_allows(image: Image, tmp_path: Path) -> None:
+    serving = Serving(image.path, "-k", tmp_path / "s", "--max-connections", "1500")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, _ = resource.prlimit(serving.process.pid, resource.RLIMIT_NOFILE)
+    assert soft > 1500 or soft == hard
+    assert serving.stop() == 0
 
 
 def test_the_pid_file_is_there_when_it_is_ready_and_goes_with_it(image: Image, tmp_path: Path) -> None:
