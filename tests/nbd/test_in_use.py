@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-import socket
 import threading
 import time
 from collections import Counter
@@ -14,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from formats import nbd
-from formats.nbd import Command, Errno, ReplyChunkType, ReplyFlag
-from qcow2snap.nbd.client import Client, ReplyError
+from formats.nbd import Command, Errno
+from qcow2snap.nbd.client import Client, ReplyError, Request
 from qcow2snap.nbd.uri import URI
 from tests.nbd.test_serve import Serving
 from tests.support import Image
@@ -29,29 +27,9 @@ GONE = "was deleted from the image"
 
 def read_together(client: Client, ranges: list[tuple[int, int]]) -> list[bytes | ReplyError]:
     """Several reads in flight: the data of each, or the error in its place."""
-    sock: socket.socket = client._socket
-    requests = [
-        nbd.REQUEST.pack(nbd.NBD_REQUEST_MAGIC, 0, Command.READ, cookie, offset, length)
-        for cookie, (offset, length) in enumerate(ranges)
-    ]
-    sock.sendall(b"".join(requests))
-    stream = sock.makefile("rb")
-    buffers = [bytearray(length) for _, length in ranges]
-    answers: dict[int, bytes | ReplyError] = {}
-    while len(answers) < len(ranges):
-        head = stream.read(nbd.STRUCTURED_REPLY_CHUNK.size)
-        _, flags, chunk_type, cookie, length = nbd.STRUCTURED_REPLY_CHUNK.unpack(head)
-        payload = stream.read(length)
-        if chunk_type == ReplyChunkType.OFFSET_DATA:
-            at = int.from_bytes(payload[:8], "big") - ranges[cookie][0]
-            buffers[cookie][at : at + length - 8] = payload[8:]
-        elif chunk_type == ReplyChunkType.ERROR:
-            error = nbd.Error.parse(payload)
-            answers[cookie] = ReplyError(error.error, error.message.decode())
-        if flags & ReplyFlag.DONE:
-            answers.setdefault(cookie, bytes(buffers[cookie]))
-    stream.detach()
-    return [answers[cookie] for cookie in range(len(ranges))]
+    replies = list(client.submit(Request(Command.READ, offset, length) for offset, length in ranges))
+    replies.sort(key=lambda reply: reply.cookie)
+    return [reply.error or bytes(reply.data) for reply in replies]
 
 
 class Reader(threading.Thread):
