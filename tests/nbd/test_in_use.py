@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -89,9 +89,25 @@ class Reader(threading.Thread):
         return holders
 
 
-def test_a_snapshot_that_is_gone_answers_eio_and_says_why(new_image: NewImage, tmp_path: Path) -> None:
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[[Image], Serving]]:
+    started: list[Serving] = []
+
+    def start(image: Image) -> Serving:
+        started.append(Serving("-U", image.path, "-k", tmp_path / "s"))
+        return started[-1]
+
+    yield start
+    for serving in started:
+        if serving.process.poll() is None:
+            serving.stop()
+
+
+def test_a_snapshot_that_is_gone_answers_eio_and_says_why(
+    new_image: NewImage, serve: Callable[[Image], Serving]
+) -> None:
     image = new_image("1M").write(0, 1 << 20, 0x11).snapshot("daily").snapshot("kept")
-    serving = Serving("-U", image.path, "-k", tmp_path / "s")
+    serving = serve(image)
     with Client.connect(serving.uris[0]) as client, Client.connect(serving.uris[0]) as other:
         client.go("daily")
         other.go("kept")
