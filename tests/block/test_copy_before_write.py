@@ -127,7 +127,7 @@ def test_whatever_is_done_the_snapshot_stays(
 # All at once.
 
 
-@pytest.mark.parametrize("seconds", [2, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_writers_readers_and_discarders_at_once(seconds: float) -> None:
     """Four of each but discarders; each byte that is read is what it was, each that was written is there at the end."""
     clusters = 40

@@ -335,6 +335,20 @@ def test_a_backup_client_that_is_killed_harms_nobody(fleece: Fleece, disk: Path,
     assert copy(backup, tmp_path / "backup.raw") == before
 
 
+def test_what_was_acknowledged_is_there_when_it_is_killed(fleece: Fleece, disk: Path, tmp_path: Path) -> None:
+    serving = fleece()
+    output(require("qemu-io"), "-f", "raw", "-c", "write -f -P 7 1M 1M", "-c", "write -P 8 3M 64k", "-c", "flush",
+           serving.uris[0])  # fmt: skip
+    serving.process.kill()
+    serving.process.wait()
+    now = disk.read_bytes()
+    assert now[MiB : 2 * MiB] == b"\7" * MiB
+    assert now[3 * MiB : 3 * MiB + CLUSTER] == b"\10" * CLUSTER
+    again = cli("fleece", disk, "--target", tmp_path / "temp.raw", "-k", tmp_path / "s2")
+    assert "has something in it" in again.stderr  # of the snapshot that is lost
+    assert copy(fleece("--force").uris[1], tmp_path / "backup.raw") == now
+
+
 @pytest.fixture
 def remote_temp(nbdkit: Start) -> Nbdkit:  # noqa: F811
     return nbdkit("memory", str(SIZE))
