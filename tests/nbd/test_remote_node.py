@@ -149,6 +149,17 @@ def test_what_cannot_be_written_is_refused_when_it_is_opened(nbdkit: Start, path
     node.close()
 
 
+def test_zeros_keep_their_space_unless_it_may_be_given_back(nbdkit: Start, path: Path) -> None:
+    node = RemoteNode(nbdkit("file", str(path)).uri, writable=True)
+    before = path.stat().st_blocks
+    node.pwrite_zeroes(0, 1 << 19)
+    node.flush()
+    assert path.stat().st_blocks == before
+    node.pwrite_zeroes(0, 1 << 19, may_unmap=True)
+    assert path.stat().st_blocks < before
+    node.close()
+
+
 def test_zeros_that_are_not_known_to_be_fast_are_refused_if_that_is_asked(nbdkit: Start, path: Path) -> None:
     node = RemoteNode(nbdkit("--filter=nozero", "file", str(path)).uri, writable=True)
     with pytest.raises(NotSupported):
