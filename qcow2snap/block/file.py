@@ -51,8 +51,9 @@ class FileNode(BlockNode):
                 raise FileError(f"{filename}: is {kind}; give a disk image")
             self.size = self.current_size()
             self.stable = self._lock(locking)
-            # What others write past the page cache, asynchronously, does not show in a block device's.
-            self._drops_cache = self.is_block_device and not self.stable
+            # What others write past the page cache, asynchronously, does not show in a block device's: it is dropped
+            # before each read. So nobody may read past this node, and no extent shows its file.
+            self.drops_cache = self.is_block_device and not self.stable
         except OSError as error:
             os.close(self._fd)
             raise file_error(filename, error) from None
@@ -89,7 +90,7 @@ class FileNode(BlockNode):
     def preadv_available(self, offset: int, buffers: Sequence[Buffer]) -> int:
         """Fill the buffers as far as the file reaches, the rest with zeros; returns the number of these zeros."""
         views = [memoryview(buffer) for buffer in buffers if len(buffer)]
-        if self._drops_cache:
+        if self.drops_cache:
             self._drop_cache(offset, sum(map(len, views)))
         while views:
             try:
@@ -118,7 +119,7 @@ class FileNode(BlockNode):
         """Up to `length` bytes at `offset`, fewer where the file ends. Allocates no more than there is, or 2 MiB."""
         if length > _UNCHECKED or offset > _LAST_OFFSET:
             length = min(length, max(0, self.current_size() - offset))
-        if self._drops_cache:
+        if self.drops_cache:
             self._drop_cache(offset, length)
         data = b""
         while len(data) < length:
@@ -144,7 +145,7 @@ class FileNode(BlockNode):
             is_hole, stop = self.hole_or_data(offset) if want_zero else (False, end)
             stop = min(stop, end)
             status = (Status.ZERO if is_hole else Status.DATA) | Status.ALLOCATED
-            yield Extent(offset, stop - offset, status, 0, self, offset)
+            yield Extent(offset, stop - offset, status, 0, None if self.drops_cache else self, offset)
             offset = stop
 
     def hole_or_data(self, offset: int) -> tuple[bool, int]:

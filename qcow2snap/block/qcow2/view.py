@@ -294,7 +294,8 @@ class View(BlockNode):
     # -- one run ------------------------------------------------------------------------------------------------------
 
     def _extents(self, offset: int, length: int, want_zero: bool) -> Iterator[Extent]:
-        data_file = None if self._image.is_encrypted else self._image.data_file
+        is_hidden = self._image.is_encrypted or self._image.data_file.drops_cache
+        data_file = None if is_hidden else self._image.data_file
         find_holes = want_zero and self._image.has_preallocated_metadata
         for mapping in self.mappings(offset, length):
             kind = mapping.kind
