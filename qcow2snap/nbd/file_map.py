@@ -14,6 +14,7 @@ import os
 import threading
 from array import array
 from bisect import bisect_right
+from contextlib import suppress
 from itertools import islice
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -58,8 +59,11 @@ class FileMap:
         self._size = 0  # of all windows, in extents
         self._flags = os.RWF_NOWAIT  # 0 once a file system does not know it: then every read waits
 
-    def read_at_hand(self, offset: int, buffer: memoryview) -> bool:
-        """Fill the buffer, of 64 KiB at most, if that takes no waiting. Else: ask the node. The range is in it."""
+    def read(self, offset: int, buffer: memoryview, *, wait: bool = False) -> bool:
+        """Fill the buffer, of 64 KiB at most; if that takes waiting, only with `wait`. False: ask the node.
+
+        The range has to be in the node.
+        """
         length = len(buffer)
         window = self._windows.get(offset // WINDOW) or self._look_up(offset // WINDOW)
         index = bisect_right(window.starts, offset) - 1
@@ -71,9 +75,21 @@ class FileMap:
                 buffer[:] = _ZEROS[:length]
             return window.zeros[index] == 1
         try:
-            return os.preadv(file.fileno(), [buffer], offset + window.shifts[index], self._flags) == length
+            flags = 0 if wait else self._flags
+            return os.preadv(file.fileno(), [buffer], offset + window.shifts[index], flags) == length
         except OSError as error:
-            return self._may_wait(error) and self.read_at_hand(offset, buffer)
+            return self._may_wait(error) and self.read(offset, buffer)
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """As BlockNode.prefetch; the driver is asked only where the bytes are not in files."""
+        extents = self.extents(offset, length)
+        if not extents or any(extent.must_read and extent.file is None for extent in extents):
+            self._node.prefetch(offset, length)
+            return
+        for extent in extents:
+            if extent.file is not None:
+                with suppress(OSError):
+                    os.posix_fadvise(extent.file.fileno(), extent.file_offset, extent.length, os.POSIX_FADV_WILLNEED)
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """The extents of a range, none if they are not known. Not for a node that has to be confirmed."""

@@ -97,7 +97,7 @@ class Reads:
         if not self._node.must_confirm:
             # Not the one that is answered next: it is quicker done than announced.
             for read in islice(pending, max(1, len(pending) - self._unannounced), None):
-                self._node.prefetch(read.offset, read.length)
+                self._file_map.prefetch(read.offset, read.length)
         self._unannounced = 0
         until = time.perf_counter() + PATIENCE
         while pending and (all_of_them or time.perf_counter() < until):
@@ -118,7 +118,7 @@ class Reads:
         header_size = framing.data_header_size
         start = out.room(header_size + length)
         end = start + header_size + length
-        if self._file_map.read_at_hand(offset, out.view[start + header_size : end]):
+        if self._file_map.read(offset, out.view[start + header_size : end]):
             framing.pack_data_header_into(out.view, start, ReplyFlag.DONE, cookie, offset, offset, length)
             if self._node.must_confirm:
                 self._unconfirmed.append(Unconfirmed(start, end, cookie, offset))
@@ -131,8 +131,10 @@ class Reads:
         header_size = framing.data_header_size
         start = out.room(header_size + length)
         end = start + header_size + length
+        view = out.view[start + header_size : end]
         try:
-            self._node.preadv_unconfirmed(offset, [out.view[start + header_size : end]])
+            if not self._file_map.read(offset, view, wait=True):
+                self._node.preadv_unconfirmed(offset, [view])
         except Qcow2SnapError as error:
             out.used = start
             out.write(self._answers.error(cookie, offset, error))

@@ -22,7 +22,7 @@ from tests.nbd.test_transmission import RUNS
 def pread(files: FileMap, offset: int, length: int) -> bytes:
     """As the server reads: from the map if it is at hand there, else from the node."""
     buffer = bytearray(length)
-    if not files.read_at_hand(offset, memoryview(buffer)):
+    if not files.read(offset, memoryview(buffer)):
         files._node.preadv(offset, [buffer])
     return bytes(buffer)
 
@@ -106,7 +106,7 @@ def test_zeros_are_remembered_too(new_node: NewNode, monkeypatch: pytest.MonkeyP
     assert pread(files, 0, 1) == node.content[:1]
     monkeypatch.setattr(node, "preadv", None)
     buffer = bytearray(b"x" * 5000)
-    assert files.read_at_hand(8192, memoryview(buffer))
+    assert files.read(8192, memoryview(buffer))
     assert buffer == bytes(5000)
 
 
@@ -123,7 +123,7 @@ def test_what_has_to_be_waited_for_is_not_at_hand(
         raise OSError(error, "not now")
 
     monkeypatch.setattr(module.os, "preadv", refuse)
-    assert not files.read_at_hand(0, memoryview(bytearray(9)))
+    assert not files.read(0, memoryview(bytearray(9)))
     assert not files.is_at_hand(node, 512)
     assert flags == [os.RWF_NOWAIT] * 2
 
@@ -140,7 +140,7 @@ def test_a_file_system_without_nowait_is_read_all_the_same(new_node: NewNode, mo
 
     monkeypatch.setattr(module.os, "preadv", refuse)
     buffer = bytearray(9)
-    assert files.read_at_hand(5, memoryview(buffer))
+    assert files.read(5, memoryview(buffer))
     assert buffer == node.content[5:14]
     assert files.is_at_hand(node, 512)
 
@@ -149,14 +149,14 @@ def test_a_node_that_is_confirmed_may_have_files_that_others_write(new_node: New
     node = new_node(("file", 1 << 16), stable=False)
     node.must_confirm = True
     buffer = bytearray(9)
-    assert FileMap(node).read_at_hand(5, memoryview(buffer))
+    assert FileMap(node).read(5, memoryview(buffer))
     assert buffer == node.content[5:14]
 
 
 def test_of_a_node_whose_ranges_may_become_unreadable_nothing_is_remembered() -> None:
     node = ZeroNode(module.WINDOW)
     node.status_may_change = True
-    assert not FileMap(node).read_at_hand(0, memoryview(bytearray(4096)))
+    assert not FileMap(node).read(0, memoryview(bytearray(4096)))
     assert not FileMap(node).extents(0, 4096)
 
 
@@ -169,3 +169,33 @@ def test_all_maps_together_are_bounded(new_node: NewNode, monkeypatch: pytest.Mo
         assert pread(each, 4000, 200) == node.content[4000:4200]
         assert sum(len(window.starts) for one in maps for window in one._windows.values()) <= 100
         assert each._windows, "the one that is in use stays"
+
+
+def test_what_lies_in_files_is_fetched_ahead_without_the_driver(
+    new_node: NewNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = new_node(("file", 1 << 16), ("zero", 1 << 16), ("memory", 1 << 16))
+    files = FileMap(node)
+    advised, asked = [], []
+    monkeypatch.setattr(module.os, "posix_fadvise", lambda fd, offset, length, advice: advised.append((offset, length)))
+    monkeypatch.setattr(node, "prefetch", lambda offset, length: asked.append((offset, length)))
+    files.prefetch(4096, 512)
+    files.prefetch((1 << 16) - 10, 20)
+    assert (advised, asked) == ([(512 + 4096, 512), (512 + (1 << 16) - 10, 10)], [])
+    files.prefetch(1 << 17, 9)
+    assert asked == [(1 << 17, 9)]
+    assert len(advised) == 2
+
+
+def test_a_read_may_wait_where_it_is_told_to(new_node: NewNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = new_node(("file", 1 << 16))
+    flags = []
+    preadv = os.preadv
+
+    def watch(fd: int, buffers: list[memoryview], offset: int, given: int = 0) -> int:
+        flags.append(given)
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(module.os, "preadv", watch)
+    assert FileMap(node).read(0, memoryview(bytearray(9)), wait=True)
+    assert flags == [0]
