@@ -8,9 +8,9 @@ from any number of threads at once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum, IntFlag
-from typing import NamedTuple, NoReturn, Protocol
+from typing import NamedTuple, NoReturn, Protocol, TypeVar
 
 # What preadv fills. Writable and contiguous, whatever its type: bytearray, memoryview, mmap, a numpy array.
 Buffer = bytearray | memoryview
@@ -79,6 +79,9 @@ class ChangedExtent(NamedTuple):
     @property
     def end(self) -> int:
         return self.offset + self.length
+
+
+E = TypeVar("E", Extent, ChangedExtent)
 
 
 class SnapshotInfo(NamedTuple):
@@ -349,17 +352,17 @@ class NBDError(Qcow2SnapError):
 
 def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
     """Neighbours of one kind as one extent: same status, depth and file, and bytes that follow each other in it."""
-    last: Extent | None = None
+    return coalesced(extents, _are_one)
+
+
+def coalesced(extents: Iterable[E], are_one: Callable[[E, E], bool]) -> Iterator[E]:
+    """Extents in order, those that follow each other as one where `are_one` says so of the last and the next."""
+    last: E | None = None
     try:
         for extent in extents:
             if last is None:
                 last = extent
-            elif (
-                last.status == extent.status
-                and last.depth == extent.depth
-                and last.file is extent.file
-                and (last.file is None or last.file_offset + last.length == extent.file_offset)
-            ):
+            elif are_one(last, extent):
                 last = last._replace(length=last.length + extent.length)
             else:
                 yield last
@@ -370,3 +373,12 @@ def merged(extents: Iterable[Extent]) -> Iterator[Extent]:
         raise
     if last is not None:
         yield last
+
+
+def _are_one(last: Extent, following: Extent) -> bool:
+    return (
+        last.status == following.status
+        and last.depth == following.depth
+        and last.file is following.file
+        and (last.file is None or last.file_offset + last.length == following.file_offset)
+    )

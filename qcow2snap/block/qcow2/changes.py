@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from formats.qcow2 import L1TableEntry
 from qcow2snap.block.file import FileNode
 from qcow2snap.block.lru import BoundedCache
-from qcow2snap.block.node import BlockNode, Change, ChangedExtent, FileError, OutOfRange, Qcow2SnapError
+from qcow2snap.block.node import BlockNode, Change, ChangedExtent, FileError, OutOfRange, coalesced
 from qcow2snap.block.qcow2.header import ImageHeader
 from qcow2snap.block.qcow2.l2_changes import Cell, Run, TableChanges, compare, words
 
@@ -78,7 +78,7 @@ class Comparison:
         return self._changes(offset, offset + length)
 
     def _changes(self, offset: int, end: int) -> Iterator[ChangedExtent]:
-        yield from _merged(self._within_both(offset, min(end, self._end)))
+        yield from coalesced(self._within_both(offset, min(end, self._end)), _changed_alike)
         if end > max(offset, self._end):
             start = max(offset, self._end)
             yield ChangedExtent(start, end - start, Change.SIZE)
@@ -163,21 +163,5 @@ _CHANGES: dict[tuple[int, int], Change] = {
 }
 
 
-def _merged(extents: Iterable[ChangedExtent]) -> Iterator[ChangedExtent]:
-    """Neighbours that changed in the same way as one extent."""
-    last: ChangedExtent | None = None
-    try:
-        for extent in extents:
-            if last is None:
-                last = extent
-            elif last.end == extent.offset and last.change is extent.change:
-                last = last._replace(length=last.length + extent.length)
-            else:
-                yield last
-                last = extent
-    except Qcow2SnapError:  # what came before the damage is known all the same
-        if last is not None:
-            yield last
-        raise
-    if last is not None:
-        yield last
+def _changed_alike(last: ChangedExtent, following: ChangedExtent) -> bool:
+    return last.end == following.offset and last.change is following.change
