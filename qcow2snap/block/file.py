@@ -52,8 +52,9 @@ class FileNode(BlockNode):
             self.size = self.current_size()
             self.stable = self._lock(locking)
             # What others write past the page cache, asynchronously, does not show in a block device's: it is dropped
-            # before each read. So nobody may read past this node, and no extent shows its file.
-            self.drops_cache = self.is_block_device and not self.stable
+            # before each read. So nobody may read past this node, and no extent shows its file. Where we write, nobody
+            # else does.
+            self.drops_cache = self.is_block_device and self.read_only and not self.stable
         except OSError as error:
             os.close(self._fd)
             raise file_error(filename, error) from None

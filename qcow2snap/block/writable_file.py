@@ -37,7 +37,6 @@ class WritableFileNode(FileNode):
     def __init__(self, filename: str) -> None:
         self._lost = False  # a write that was acknowledged never reached the disk
         super().__init__(filename)
-        self._drops_cache = False  # nobody else writes it
 
     def _lock(self, locking: Locking) -> bool:
         lock_for_writing(self._fd, self.filename)
@@ -75,9 +74,7 @@ class WritableFileNode(FileNode):
     def pdiscard(self, offset: int, length: int) -> None:
         self.check_range(offset, length)
         if length:
-            self._fallocate(
-                _PUNCH_HOLE, offset, length
-            )  # it is a hint: where there are no holes, nothing is to be done
+            self._fallocate(_PUNCH_HOLE, offset, length)  # a hint: where there are no holes, nothing is to be done
 
     def flush(self) -> None:
         """Make what was written durable.

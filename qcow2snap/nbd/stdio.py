@@ -34,7 +34,6 @@ class StandardIO:
         except OSError as error:
             raise FileError(f"standard input and output cannot be served: {error.strerror}") from error
         self._pumps: list[threading.Thread] = []
-        self._sent = sent
         if is_one:
             os.close(sent)
             self.socket = self._only(received)

@@ -78,7 +78,6 @@ class Workers(Crew):
         """`left` and `close` as for Threads. `inherited`: descriptors of this process that are none of a worker's."""
         self._exports = exports
         self._terms = terms
-        self._count = count
         self._left = left
         self._close = close
         self._inherited = inherited

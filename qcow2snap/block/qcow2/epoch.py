@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from formats import qcow2 as layout
 from qcow2snap.block.file import FileNode
@@ -16,7 +16,7 @@ from qcow2snap.block.node import ImageFormatError, SnapshotGone, SnapshotInfo, S
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.header import ImageHeader, judge_active_l1
 from qcow2snap.block.qcow2.in_use import Look, SnapshotWatch, is_same_snapshot
-from qcow2snap.block.qcow2.l1 import read_l1
+from qcow2snap.block.qcow2.l1 import RawL1Table, read_l1
 from qcow2snap.block.qcow2.snapshot_table import SnapshotTable, TableEntry, read_snapshot_table
 
 if TYPE_CHECKING:
@@ -40,9 +40,8 @@ class Epoch:
         self._header = header
         self._new_image = new_image
         self._look = look
-        self._views: BoundedCache[int, View] = BoundedCache(
-            L1_CACHE_SIZE
-        )  # by position in the table, -1: active, -2 and below: VM states
+        # By position in the table; -1: the active disk, -2 and below: VM states.
+        self._views: BoundedCache[int, View] = BoundedCache(L1_CACHE_SIZE)
         if look is not None:
             self._watches = [SnapshotWatch(file, header, entry, look.pointer) for entry in look.table.entries]
 
@@ -92,29 +91,27 @@ class Epoch:
 
     def view(self, entry: TableEntry | None, active_size: int) -> View:
         """The disk of a snapshot, or the active disk. Kept, since each small read asks for it."""
-        position = -1 if entry is None else entry.info.position
-        view = self._views.get(position)
-        if view is None:
-            from qcow2snap.block.qcow2.view import View
-
-            l1 = self.l1_table(entry)
-            size = active_size if entry is None else entry.info.size
-            view = View(self.image, l1, start=0, size=size, has_backing=True, watch=self.watch(entry))
-            self._views.put(position, view, l1.nbytes)
-        return view
+        position, size = (-1, active_size) if entry is None else (entry.info.position, entry.info.size)
+        return self._views.get(position) or self._new_view(position, entry, start=0, size=size, has_backing=True)
 
     def vm_state(self, entry: TableEntry) -> View:
         """The VM state saved with a snapshot. Kept like the disks."""
         position = -2 - entry.info.position
-        view = self._views.get(position)
-        if view is None:
-            from qcow2snap.block.qcow2.view import View
+        # Its place follows from the snapshot's own size; a backing file has nothing to say there.
+        return self._views.get(position) or self._new_view(
+            position,
+            entry,
+            start=self._header.vm_state_offset(entry.info.size),
+            size=entry.info.vm_state_size,
+            has_backing=False,
+        )
 
-            # Its place follows from the snapshot's own size; a backing file has nothing to say there.
-            start, l1 = self._header.vm_state_offset(entry.info.size), self.l1_table(entry)
-            size = entry.info.vm_state_size
-            view = View(self.image, l1, start=start, size=size, has_backing=False, watch=self.watch(entry))
-            self._views.put(position, view, l1.nbytes)
+    def _new_view(self, position: int, entry: TableEntry | None, *, start: int, size: int, has_backing: bool) -> View:
+        from qcow2snap.block.qcow2.view import View
+
+        l1 = self.l1_table(entry)
+        view = View(self.image, l1, start=start, size=size, has_backing=has_backing, watch=self.watch(entry))
+        self._views.put(position, view, l1.nbytes)
         return view
 
     def l1_table(self, entry: TableEntry | None) -> L1Table:
@@ -132,20 +129,13 @@ class Epoch:
             else:
                 _judge_l1(entry, self._header)
                 offset, size = entry.l1_table_offset, entry.l1_size
-            return RawL1Table(offset, read_l1(self._file, offset, size))
+            return read_l1(self._file, offset, size)
         except ImageFormatError as error:
             error.filename = self._file.filename
             raise
         finally:
             if watch := self.watch(entry):
                 watch.confirm()  # what it raises takes the place of damage, which was then none
-
-
-class RawL1Table(NamedTuple):
-    """The bytes of an L1 table, and where in the file they are."""
-
-    host_offset: int
-    data: bytes
 
 
 def _identity(snapshot: SnapshotInfo) -> SnapshotInfo:
