@@ -47,7 +47,7 @@ class Export:
 
     @cached_property
     def file_map(self) -> FileMap:
-        """Short reads of the node, shared by all its connections."""
+        """Where the bytes of the node lie, for all its connections."""
         return FileMap(self.node)
 
 

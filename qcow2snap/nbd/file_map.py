@@ -14,6 +14,7 @@ import os
 import threading
 from array import array
 from bisect import bisect_right
+from collections.abc import Iterable
 from contextlib import suppress
 from itertools import islice
 from typing import NamedTuple
@@ -86,10 +87,7 @@ class FileMap:
         if not extents or any(extent.must_read and extent.file is None for extent in extents):
             self._node.prefetch(offset, length)
             return
-        for extent in extents:
-            if extent.file is not None:
-                with suppress(OSError):
-                    os.posix_fadvise(extent.file.fileno(), extent.file_offset, extent.length, os.POSIX_FADV_WILLNEED)
+        fetch_ahead(extents)
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """The extents of a range, none if they are not known. Not for a node that has to be confirmed."""
@@ -120,8 +118,10 @@ class FileMap:
 
     def _may_wait(self, error: OSError) -> bool:
         """Whether to try again, and wait where need be."""
-        knows_nowait, self._flags = self._flags != 0, 0 if error.errno == errno.EOPNOTSUPP else self._flags
-        return knows_nowait and not self._flags
+        if error.errno != errno.EOPNOTSUPP or not self._flags:
+            return False
+        self._flags = 0
+        return True
 
     def _look_up(self, number: int) -> _Window:
         start = number * WINDOW
@@ -163,6 +163,14 @@ class FileMap:
             _maps[self] = None
             if len(_maps) > MAX_EXTENTS_IN_ALL // MAX_EXTENTS:  # fewer cannot be too many
                 _forget_oldest()
+
+
+def fetch_ahead(extents: Iterable[Extent]) -> None:
+    """Have the kernel begin to read those that lie in files. That it may, or may not: it is a hint."""
+    for extent in extents:
+        if extent.file is not None and extent.must_read:
+            with suppress(OSError):
+                os.posix_fadvise(extent.file.fileno(), extent.file_offset, extent.length, os.POSIX_FADV_WILLNEED)
 
 
 _keeping = threading.Lock()  # to keep a window; finding one needs none

@@ -29,6 +29,7 @@ PIECE = 1 << 16  # bytes of replies made at once, give or take one reply
 
 HANDSHAKE_FLAGS = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
 
+_IN_THE_CLEAR = "the client sent more in the clear behind NBD_OPT_STARTTLS, where TLS has to begin"
 
 _WRITING = (
     TransmissionFlag.SEND_FUA
@@ -75,9 +76,6 @@ class Agreement(NamedTuple):
         if self.extended_headers and self.contexts:
             flags |= TransmissionFlag.BLOCK_STATUS_PAYLOAD
         return flags
-
-
-_IN_THE_CLEAR = "the client sent more in the clear behind NBD_OPT_STARTTLS, where TLS has to begin"
 
 
 class TLSMode(Enum):

@@ -5,10 +5,10 @@ a disk or for decompression, is put aside; the node is told that it will be read
 under way at once, and it is answered when there is nothing else to do. So one thread does what would take a pool of
 them, and a lock on the socket for each reply.
 
-Where bytes lie is remembered by `file_map`. Runs of 32 KiB and more that lie verbatim in a file which
-nobody can write go from file to socket by `sendfile`: they never enter Python. All else is read into the outbox, behind
-its header. A header that promises data may have left before an error turns up. The protocol then asks for the rest as
-zeros and an error chunk behind it, or, of simple replies, for the connection's end; that is what `_content` does.
+Where bytes lie is remembered by `file_map`. Runs of 32 KiB and more that lie verbatim in a file which nobody can write
+go from file to socket by `sendfile`: they never enter Python. All else is read into the outbox, behind its header. A
+header that promises data may have left before an error turns up. The protocol then asks for the rest as zeros and an
+error chunk behind it, or, of simple replies, for the connection's end; that is what `_content` does.
 
 A node that has to be confirmed (an image in use) is read by copy. Short reads are confirmed together, when their bytes
 are about to leave; those that turn out to be wrong are replaced by errors.
@@ -20,7 +20,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from itertools import groupby, islice
-from operator import attrgetter
 from typing import NamedTuple
 
 from formats.nbd import ReplyFlag
@@ -86,10 +85,10 @@ class Reads:
 
     def read(self, cookie: int, offset: int, length: int, *, whole: bool) -> None:
         """Answer a read, or put it aside. `whole`: the client wants one chunk."""
-        if length < SENDFILE:
-            self._read_short(cookie, offset, length)
-        else:
+        if length >= SENDFILE:
             self._read_long(cookie, offset, length, whole)
+        elif not self._answer_short(cookie, offset, length, wait=False):
+            self._put_aside(Pending(cookie, offset, length, whole, ()))
 
     def answer_pending(self, *, all_of_them: bool = False) -> None:
         """Answer what was put aside, for a while or to the end."""
@@ -105,7 +104,7 @@ class Reads:
             if parts:
                 self._answer_long(cookie, offset, length, whole, parts)
             else:
-                self._answer_short(cookie, offset, length)
+                self._answer_short(cookie, offset, length, wait=True)
 
     def _put_aside(self, read: Pending) -> None:
         self._pending.append(read)
@@ -113,35 +112,27 @@ class Reads:
 
     # Short reads: one chunk, zeros and all; to send them costs less than to tell of them.
 
-    def _read_short(self, cookie: int, offset: int, length: int) -> None:
-        out, framing = self._out, self._framing
-        header_size = framing.data_header_size
-        start = out.room(header_size + length)
-        end = start + header_size + length
-        if self._file_map.read(offset, out.view[start + header_size : end]):
-            framing.pack_data_header_into(out.view, start, ReplyFlag.DONE, cookie, offset, offset, length)
-            if self._node.must_confirm:
-                self._unconfirmed.append(Unconfirmed(start, end, cookie, offset))
-        else:
-            out.used = start
-            self._put_aside(Pending(cookie, offset, length, False, ()))
-
-    def _answer_short(self, cookie: int, offset: int, length: int) -> None:
+    def _answer_short(self, cookie: int, offset: int, length: int, *, wait: bool) -> bool:
+        """False if it takes waiting, and may not: then nothing is answered."""
         out, framing = self._out, self._framing
         header_size = framing.data_header_size
         start = out.room(header_size + length)
         end = start + header_size + length
         view = out.view[start + header_size : end]
-        try:
-            if not self._file_map.read(offset, view, wait=True):
+        if not self._file_map.read(offset, view, wait=wait):
+            if not wait:
+                out.used = start
+                return False
+            try:
                 self._node.preadv_unconfirmed(offset, [view])
-        except Qcow2SnapError as error:
-            out.used = start
-            out.write(self._answers.error(cookie, offset, error))
-            return
+            except Qcow2SnapError as error:
+                out.used = start
+                out.write(self._answers.error(cookie, offset, error))
+                return True
         framing.pack_data_header_into(out.view, start, ReplyFlag.DONE, cookie, offset, offset, length)
         if self._node.must_confirm:
             self._unconfirmed.append(Unconfirmed(start, end, cookie, offset))
+        return True
 
     def _confirm(self) -> None:
         """Replace what should not have been read, before it leaves."""
@@ -197,7 +188,7 @@ class Reads:
             if whole or not isinstance(framing, StructuredReplies):
                 self._content(framing.data_header(cookie, offset, offset, length), parts, length)
             else:
-                for zero, group in groupby(parts, key=_is_zero):
+                for zero, group in groupby(parts, key=lambda part: part.zero):
                     self._chunk(framing, cookie, offset, zero, tuple(group))
             if framing.structured:
                 out.write(framing.done(cookie, offset))
@@ -259,6 +250,3 @@ class Reads:
                 out.used = start
                 raise
             offset += piece
-
-
-_is_zero = attrgetter("zero")

@@ -7,10 +7,8 @@ way for the one request that matters, a sound READ, and comes here for all other
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from itertools import islice
 from typing import NamedTuple
 
@@ -30,6 +28,7 @@ from qcow2snap.block.node import (
     ReadOnly,
     SnapshotGone,
 )
+from qcow2snap.nbd.file_map import fetch_ahead
 from qcow2snap.nbd.framing import SIMPLE_REPLIES, Framing, StructuredReplies
 from qcow2snap.nbd.negotiation import Agreement
 
@@ -191,13 +190,9 @@ class Answers:
         return request._replace(flags=flags, length=asked.effect_length), asked.context_ids
 
     def _cache(self, request: Request, payload: Iterable[Buffer]) -> Iterator[bytes]:
-        """Ask the kernel to read ahead where bytes lie verbatim in a file. That it may, or may not: it is a hint."""
         self._check(request, 0)
         extents = self._node.block_status(request.offset, request.length, want_zero=False)
-        for extent in islice(extents, MAX_CACHED_EXTENTS):
-            if extent.file is not None and extent.must_read:
-                with suppress(OSError):
-                    os.posix_fadvise(extent.file.fileno(), extent.file_offset, extent.length, os.POSIX_FADV_WILLNEED)
+        fetch_ahead(islice(extents, MAX_CACHED_EXTENTS))
         yield self._done(request)
 
     def _flush(self, request: Request, payload: Iterable[Buffer]) -> Iterator[bytes]:
