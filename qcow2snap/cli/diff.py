@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import click
 
 from qcow2snap.block.graph import OpenOptions
-from qcow2snap.block.node import BlockNode, ChangedExtent, OutOfRange
+from qcow2snap.block.node import BlockNode, ChangedExtent
 from qcow2snap.block.qcow2.driver import Qcow2Node
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
-from qcow2snap.cli import options
+from qcow2snap.cli import options, text
 from qcow2snap.cli.progress import ProgressBar
 
 
@@ -20,8 +20,7 @@ from qcow2snap.cli.progress import ProgressBar
 @click.argument("since", metavar="A")
 @click.argument("state", metavar="[B]", required=False)
 @click.option("--verify", is_flag=True, help="Read both, and leave out what was written again with the same bytes.")
-@click.option("--start-offset", type=options.Size(), default=0, help="Start there.")
-@click.option("--max-length", type=options.Size(), default=None, help="No more than that.")
+@options.range_options
 @options.json_option
 @options.opening_options
 def command(
@@ -45,14 +44,12 @@ def command(
     snapshots = disk.find_snapshot(since), None if state is None else disk.find_snapshot(state)
     older, newer = (disk if snapshot is None else SnapshotAccessNode(disk, snapshot) for snapshot in snapshots)
     size = max(older.size, newer.size)
-    if start_offset > size:
-        raise OutOfRange(f"--start-offset {start_offset} is beyond the end, which is at {size}")
-    length = size - start_offset if max_length is None else min(size - start_offset, max_length)
+    length = options.length_within(size, start_offset, max_length)
     changes = disk.changes(*snapshots, start_offset, length)
     to_read = sum(extent.length for extent in disk.changes(*snapshots, start_offset, length)) if verify else 0
     with ProgressBar("diff", to_read, wanted=verify and not sys.stdout.isatty()) as bar:
         extents = _Counted(_verified(disk, changes, older, newer, bar) if verify else changes)
-        sys.stdout.writelines(_json(extents) if as_json else _human(extents))
+        sys.stdout.writelines(text.json_array(_json(extents)) if as_json else _human(extents))
     disk.close()
     return 1 if extents.count else 0
 
@@ -79,12 +76,9 @@ class _Counted:
 
 
 def _json(extents: _Counted) -> Iterator[str]:
-    """An array of objects, one on each line, as `map` writes them."""
-    separator = "["
+    """Objects as `map` writes them."""
     for offset, length, change in extents:
-        yield f'{separator}{{ "start": {offset}, "length": {length}, "change": "{change.value}"}}'
-        separator = ",\n"
-    yield "[]\n" if separator == "[" else "]\n"
+        yield f'{{ "start": {offset}, "length": {length}, "change": "{change.value}"}}'
 
 
 def _human(extents: _Counted) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from qcow2snap.cli import serve_options, text
 from qcow2snap.cli.options import Size
 from qcow2snap.nbd.export import Export, Exports
 from qcow2snap.nbd.listen import listen_at_all, listen_unix
-from qcow2snap.nbd.log import LogHandler
+from qcow2snap.nbd.log import log_to_stderr
 from qcow2snap.nbd.server import Server
 from qcow2snap.nbd.service import Offer, Service, pid_file, signals_held, stop_with_parent
 
@@ -41,9 +40,7 @@ from qcow2snap.nbd.service import Offer, Service, pid_file, signals_held, stop_w
 @click.option("--min-cluster-size", type=Size(), default=0, help="Copy so much at a time, or more.  [default: 64k]")
 @click.option("--server-timeout", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True,
               metavar="SECONDS", help="The server of an NBD URI is lost if it says nothing for so long.")  # fmt: skip
-@click.option("--exit-with-parent", is_flag=True, help="End when the process that started this one does.")
-@click.option("--pid-file", "pid_path", metavar="FILE", help="Write the process id there when ready.")
-@click.option("-v", "--verbose", is_flag=True, help="Log who connects, what they read and how much.")
+@serve_options.process_options
 def command(
     disk: str,
     target: str,
@@ -77,7 +74,7 @@ def command(
         qcow2snap fleece disk.raw --target temp.raw -k /tmp/s &
         nbdcopy 'nbd+unix:///backup?socket=/tmp/s' backup.raw
     """
-    logging.basicConfig(handlers=[LogHandler()], level=logging.INFO if verbose else logging.WARNING)
+    log_to_stderr(verbose=verbose)
     places = serve_options.places(sockets, hosts, ports, vsock)
     with ExitStack() as at_end:
         at_end.enter_context(signals_held())

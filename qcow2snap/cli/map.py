@@ -8,17 +8,16 @@ from collections.abc import Iterator
 import click
 
 from qcow2snap.block.graph import OpenOptions
-from qcow2snap.block.node import Extent, OutOfRange, Status
+from qcow2snap.block.node import Extent, Status
 from qcow2snap.block.snapshot_ref import shown
-from qcow2snap.cli import options
+from qcow2snap.cli import options, text
 
 
 @click.command("map")
 @options.image_argument
 @options.snapshot_option
 @click.option("--vm-state", is_flag=True, help="The VM state saved with the snapshot, not its disk.")
-@click.option("--start-offset", type=options.Size(), default=0, help="Start there.")
-@click.option("--max-length", type=options.Size(), default=None, help="No more than that.")
+@options.range_options
 @options.json_option
 @options.opening_options
 def command(
@@ -33,27 +32,21 @@ def command(
     """Show which parts of a disk or snapshot of IMAGE are allocated, and where they lie."""
     disk = options.open_for(image, opening)
     node = options.choose(disk, snapshot, vm_state)
-    if start_offset > node.size:
-        raise OutOfRange(f"--start-offset {start_offset} is beyond the end, which is at {node.size}")
-    length = node.size - start_offset
-    extents = node.block_status(start_offset, length if max_length is None else min(length, max_length))
-    sys.stdout.writelines(_json(extents) if as_json else _human(extents))
+    extents = node.block_status(start_offset, options.length_within(node.size, start_offset, max_length))
+    sys.stdout.writelines(text.json_array(_json(extents)) if as_json else _human(extents))
     disk.close()
 
 
 def _json(extents: Iterator[Extent]) -> Iterator[str]:
-    """An array of objects, one on each line, spelled as qemu-img does."""
-    separator = "["
+    """Objects as qemu-img spells them."""
     for extent in extents:
         status = int(extent.status)
         offset = "" if extent.file is None else f', "offset": {extent.file_offset}'
         yield (
-            f'{separator}{{ "start": {extent.offset}, "length": {extent.length}, "depth": {extent.depth}, '
+            f'{{ "start": {extent.offset}, "length": {extent.length}, "depth": {extent.depth}, '
             f'"present": {_BOOL[status & Status.ALLOCATED]}, "zero": {_BOOL[status & Status.ZERO]}, '
             f'"data": {_BOOL[status & Status.DATA]}{offset}}}'
         )
-        separator = ",\n"
-    yield "[]\n" if separator == "[" else "]\n"
 
 
 _BOOL = {0: "false", int(Status.ALLOCATED): "true", int(Status.ZERO): "true", int(Status.DATA): "true"}

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from qcow2snap.block.graph import OpenOptions, open_image
-from qcow2snap.block.node import BlockNode
+from qcow2snap.block.node import BlockNode, OutOfRange
 from qcow2snap.block.qcow2.driver import TABLE_CACHE_SIZE, Qcow2Node
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
 
@@ -92,6 +92,20 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args, as_json=as_json or output == "json", **others)
 
     return with_json
+
+
+def range_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """--start-offset and --max-length, as of `qemu-img map`; `length_within` says what they come to."""
+    start = click.option("--start-offset", type=Size(), default=0, help="Start there.")
+    length = click.option("--max-length", type=Size(), default=None, help="No more than that.")
+    return start(length(function))
+
+
+def length_within(size: int, start_offset: int, max_length: int | None) -> int:
+    """How many bytes of so many range_options select. OutOfRange if they begin beyond the end."""
+    if start_offset > size:
+        raise OutOfRange(f"--start-offset {start_offset} is beyond the end, which is at {size}")
+    return size - start_offset if max_length is None else min(size - start_offset, max_length)
 
 
 def open_for(image: str, opening: OpenOptions, *, with_children: bool = True) -> Qcow2Node:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -17,7 +16,7 @@ from qcow2snap.block.raw import RawNode
 from qcow2snap.cli import options, serve_options
 from qcow2snap.nbd.export import Exports, exports_of, joined
 from qcow2snap.nbd.listen import listen_at_all, passed_listeners
-from qcow2snap.nbd.log import LogHandler
+from qcow2snap.nbd.log import log_to_stderr
 from qcow2snap.nbd.negotiation import TLSMode
 from qcow2snap.nbd.server import Server
 from qcow2snap.nbd.service import Offer, Service, allow_connections, pid_file, signals_held, stop_with_parent
@@ -41,6 +40,7 @@ _MAX_URIS = 1 << 15
 @serve_options.tls_options
 @serve_options.client_options
 @serve_options.running_options
+@serve_options.process_options
 def command(
     images: tuple[str, ...],
     sockets: tuple[str, ...],
@@ -114,7 +114,7 @@ def command(
 
             client = StandardIO()  # first of all: standard error may be the client's as well
             at_end.callback(client.close)
-        logging.basicConfig(handlers=[LogHandler()], level=logging.INFO if verbose else logging.WARNING)
+        log_to_stderr(verbose=verbose)
         allow_connections(max_connections)
         offer = open_offer()
         at_end.enter_context(signals_held())

@@ -1,6 +1,6 @@
 """The options of `qcow2snap serve` by kind, and what goes with what among them. Opens and serves nothing.
 
-Where to listen is said to `qcow2snap fleece` in the same way.
+Where to listen, and how to run, is said to `qcow2snap fleece` in the same way.
 """
 
 from __future__ import annotations
@@ -107,6 +107,13 @@ def running_options(function: F) -> F:
                      help="End when the first clients that chose an export have left, as qemu-nbd does without -t."),
         click.option("--refresh", type=click.FloatRange(0.1), metavar="SECONDS",
                      help="Look for new snapshots so often, and offer them as after SIGHUP."),
+    ]):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def process_options(function: F) -> F:
+    for option in reversed([
         click.option("--exit-with-parent", is_flag=True, help="End when the process that started this one does."),
         click.option("--pid-file", "pid_path", metavar="FILE", help="Write the process id there when ready."),
         click.option("-v", "--verbose", is_flag=True, help="Log who connects, what they read and how much."),

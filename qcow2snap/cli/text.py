@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 
 
@@ -41,6 +41,15 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence
         ]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def json_array(objects: Iterable[str]) -> Iterator[str]:
+    """A JSON array of objects that are JSON already, one on each line, as qemu-img writes its longer ones."""
+    separator = "["
+    for each in objects:
+        yield f"{separator}{each}"
+        separator = ",\n"
+    yield "[]\n" if separator == "[" else "]\n"
 
 
 def json_text(text: str) -> str:

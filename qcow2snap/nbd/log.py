@@ -55,6 +55,11 @@ class LogHandler(logging.Handler):
             self._left_out = 0
 
 
+def log_to_stderr(*, verbose: bool) -> None:
+    """Log what users should know; `verbose`: also who connects, what they read and how much."""
+    logging.basicConfig(handlers=[LogHandler()], level=logging.INFO if verbose else logging.WARNING)
+
+
 def _writer(descriptor: int) -> Callable[[bytes], object]:
     """Write without waiting, and without making others wait less: they may have the same pipe or socket."""
     try:
