@@ -9,8 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 
 from tests.support import Image, qemu_img, require
 from tests.support.tools import REPOSITORY
+from tests.support.waiting import until
 
 # Lines that need what a test cannot have: a kernel module and root, an appliance, a screen. Nothing else is left out.
 UNTRIED = ("nbd-client -unix", "qemu-nbd -r", "guestfish", "fuse2fs", "qemu-system-x86_64")
@@ -88,13 +88,6 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
     shell.stop()
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert condition()
-
-
 def test_the_recipes_do_what_they_say(disk: Image, shell: Shell, tmp_path: Path) -> None:
     mounts = os.access("/dev/fuse", os.R_OK | os.W_OK) and (os.geteuid() == 0 or shutil.which("fusermount3"))
     said = {}
@@ -105,9 +98,9 @@ def test_the_recipes_do_what_they_say(disk: Image, shell: Shell, tmp_path: Path)
             continue
         said[program] = shell.run(command)
         if program == "qcow2snap":
-            until(lambda: (tmp_path / "at-disk.sock").is_socket())
+            assert until(lambda: (tmp_path / "at-disk.sock").is_socket())
         if "nbdfuse" in command:
-            until(lambda: (tmp_path / "at-monday" / "nbd").exists())
+            assert until(lambda: (tmp_path / "at-monday" / "nbd").exists())
         if command.startswith("nbdcopy --"):
             digest, _ = said[program].split()
             assert digest == disk.reference("monday").sha256

@@ -24,6 +24,8 @@ with atheris.instrument_imports(include=["formats", "qcow2snap"]):
     from qcow2snap.nbd.export import Export, Exports
     from qcow2snap.nbd.framing import EXTENDED_HEADERS, SIMPLE_REPLIES, STRUCTURED_REPLIES
     from tests.fuzz import sessions
+    from tests.fuzz.judge import Disk, judge
+    from tests.fuzz.servers import plainly
     from tests.nbd.support import PatchworkNode
     from tests.nbd.test_lying_servers import steps
 
@@ -31,8 +33,8 @@ _directory = Path(tempfile.mkdtemp(prefix="qcow2snap-fuzz-"))
 _good = PatchworkNode(_directory / "good", [("file", 40_000), ("zero", 70_000), ("memory", 5000), ("file", 7)])
 _bad = PatchworkNode(_directory / "bad", [("file", 50_000), ("bad", 4096), ("zero", 9000), ("memory", 512)])
 _exports = Exports([Export("", lambda: _good), Export("good", lambda: _good), Export("bad", lambda: _bad, "damaged")])
-_disks = {b"": sessions.Disk(_good.content), b"good": sessions.Disk(_good.content)}
-_disks[b"bad"] = sessions.Disk(_bad.content, tuple(_bad.bad))
+_disks = {b"": Disk(_good.content), b"good": Disk(_good.content)}
+_disks[b"bad"] = Disk(_bad.content, tuple(_bad.bad))
 
 
 def handshake(choices: sessions.Choices) -> bytes:
@@ -56,7 +58,7 @@ def raw_transmission(choices: sessions.Choices) -> bytes:
 def client_handshake(choices: sessions.Choices) -> None:
     """A server's side of a handshake is a server's, with some damage."""
     sent = sessions.agreed(choices.pick(sessions.MODES), b"good")
-    said = bytearray(sessions.plainly(_exports, [sent])[0])
+    said = bytearray(plainly(_exports, [sent])[0])
     for _ in range(choices.number(4)):
         at = choices.number(len(said))
         said[at : at + 4] = choices.some(8)
@@ -75,8 +77,8 @@ def client_transmission(choices: sessions.Choices) -> None:
     sent = sessions.agreed(
         sessions.MODES[[SIMPLE_REPLIES, STRUCTURED_REPLIES, EXTENDED_HEADERS].index(framing)], b"good"
     )
-    greeted = len(sessions.plainly(_exports, [sent])[0])
-    said = bytearray(sessions.plainly(_exports, [sent, asked])[0][greeted:]) or bytearray(1)
+    greeted = len(plainly(_exports, [sent])[0])
+    said = bytearray(plainly(_exports, [sent, asked])[0][greeted:]) or bytearray(1)
     for _ in range(choices.number(4)):
         at = choices.number(len(said))
         said[at : at + 4] = choices.some(8)
@@ -91,8 +93,8 @@ def one_input(data: bytes) -> None:
         choices.pick([client_handshake, client_transmission])(choices)
         return
     sent = choices.pick([handshake, transmission, raw_handshake, raw_transmission])(choices)
-    got, cut = sessions.plainly(_exports, choices.pieces(sent))
-    sessions.judge(sent, got, _disks, cut=cut)
+    got, cut = plainly(_exports, choices.pieces(sent))
+    judge(sent, got, _disks, cut=cut)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from tests.block.test_image_lock import qemu_io_holding
+from tests.nbd.serving import Serving
 from tests.nbd.support import run as output
 from tests.nbd.test_interop import SYSTEM_PYTHON
 from tests.nbd.test_remote_node import Nbdkit, Start, nbdkit  # noqa: F401  # a fixture
-from tests.nbd.test_serve import Serving
 from tests.support import qemu_img, qemu_io, require
 from tests.support import run as cli
 

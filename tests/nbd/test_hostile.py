@@ -24,12 +24,13 @@ import pytest
 from formats import nbd
 from formats.nbd import Command, Errno, OptionType, ReplyType
 from qcow2snap.nbd.framing import SIMPLE_REPLIES, STRUCTURED_REPLIES, Framing
+from tests.nbd.serving import Serving
 from tests.nbd.test_negotiation import replies
-from tests.nbd.test_serve import Serving
 from tests.nbd.wire import ask, handshake, meta, packed, read, receiver, understand
 from tests.support import Image
 from tests.support.memory import memory_limit, process_tree
 from tests.support.table import write_table
+from tests.support.waiting import until
 
 SIZE = 8 << 20  # bytes of the snapshot that is served
 HANDSHAKE_TIMEOUT = 2  # seconds
@@ -139,13 +140,6 @@ def honest(target: Target) -> Iterator[Honest]:
     honest = Honest(target)
     yield honest
     honest.leave()
-
-
-def until(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + PATIENCE
-    while not (done := condition()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return done
 
 
 def option(number: int, data: bytes = b"", *, length: int | None = None) -> bytes:

@@ -16,7 +16,7 @@ import pytest
 from formats.nbd import Command, Errno
 from qcow2snap.nbd.client import Client, ReplyError, Request
 from qcow2snap.nbd.uri import URI
-from tests.nbd.test_serve import Serving
+from tests.nbd.serving import Serving
 from tests.support import Image
 from tests.support.busy import BLOCK, BusyDisk, Key
 

@@ -13,16 +13,16 @@ import re
 import shutil
 import struct
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from tests.nbd.serving import Serving
 from tests.nbd.support import run
-from tests.nbd.test_serve import Serving
 from tests.support import FixtureImage, Image, Library, qemu_img, require
+from tests.support.waiting import until
 
 IMAGES = [
     "demo",  # three sizes and a VM state
@@ -187,13 +187,6 @@ def test_nbdfuse_shows_an_export_as_a_file(served: list[Exported], tmp_path: Pat
         finally:
             subprocess.run(["fusermount3", "-u", mounted] if shutil.which("fusermount3") else ["umount", mounted])
             process.wait(20)
-
-
-def until(condition: Callable[[], bool], seconds: float = 20) -> bool:
-    deadline = time.monotonic() + seconds
-    while not (done := condition()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return done
 
 
 # QEMU.

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.nbd.serving import Serving
 from tests.nbd.support import run as output
-from tests.nbd.test_serve import Serving
 from tests.nbd.test_workers import Client, until, workers
 from tests.support import Image, require
 

@@ -1,6 +1,6 @@
 """Any client at all: thousands of random sessions, sound and broken, cut into pieces of any size.
 
-Each is judged by tests/fuzz/sessions.py: whole replies in the protocol's form, one final reply to each option and one
+Each is judged by tests/fuzz/judge.py: whole replies in the protocol's form, one final reply to each option and one
 answer to each request, the right bytes and errors, no exception but NBDError, and little held between two calls.
 """
 
@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from qcow2snap.block.node import BlockNode, FileError
 from qcow2snap.nbd.export import Export, Exports
-from tests.fuzz.sessions import MODES, Choices, Disk, agreed, going_on, handshake, judge, plainly, quickly, requests
+from tests.fuzz.judge import Disk, judge
+from tests.fuzz.servers import plainly, quickly
+from tests.fuzz.sessions import MODES, Choices, agreed, going_on, handshake, requests
 from tests.nbd.support import PatchworkNode
 
 GOOD = [("file", 40_000), ("zero", 70_000), ("memory", 5000), ("file", 100_001), ("zero", 300), ("file", 7)]

@@ -23,10 +23,10 @@ from qcow2snap.nbd.listen import listen_unix
 from qcow2snap.nbd.negotiation import ServerNegotiation, TLSMode
 from qcow2snap.nbd.server import Server
 from qcow2snap.nbd.tls import Credentials
+from tests.nbd.serving import Serving
 from tests.nbd.support import NewNode, ZeroNode, exports
 from tests.nbd.support import run as output
 from tests.nbd.test_negotiation import replies
-from tests.nbd.test_serve import Serving
 from tests.nbd.wire import ask, handshake, meta, packed, read
 from tests.support import Image, Result, require
 
@@ -279,19 +279,23 @@ def test_what_is_no_tls_is_cut_off_in_time(server: Server, context: ssl.SSLConte
     Dialog(server).secure(context).close()  # others are served
 
 
+def drip_in_vain(dialog: Dialog, data: bytes, started: float) -> None:
+    """Send byte by byte; the server ends it within the time that a handshake has."""
+    with suppress(OSError):
+        for byte in data:
+            dialog.plain.sendall(bytes([byte]))
+            time.sleep(0.05)
+    assert 1 < time.monotonic() - started < 5
+    dialog.plain.close()
+
+
 def test_a_tls_handshake_that_drips_is_cut_off_in_time(server: Server, context: ssl.SSLContext) -> None:
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     with suppress(ssl.SSLWantReadError):
         context.wrap_bio(incoming, outgoing, server_hostname="localhost").do_handshake()
     dialog = Dialog(server)
     dialog.start_tls()
-    started = time.monotonic()
-    with suppress(OSError):
-        for byte in outgoing.read():
-            dialog.plain.sendall(bytes([byte]))
-            time.sleep(0.05)
-    assert 1 < time.monotonic() - started < 5
-    dialog.plain.close()
+    drip_in_vain(dialog, outgoing.read(), time.monotonic())
 
 
 def test_records_that_drip_after_the_handshake_get_no_more_time(server: Server, context: ssl.SSLContext) -> None:
@@ -308,12 +312,7 @@ def test_records_that_drip_after_the_handshake_get_no_more_time(server: Server, 
             dialog.plain.sendall(outgoing.read())
             incoming.write(dialog.plain.recv(1 << 16))
     tls.write(struct.pack(">8sII", nbd.IHAVEOPT, OptionType.LIST, 0) * 10)
-    with suppress(OSError):
-        for byte in outgoing.read():
-            dialog.plain.sendall(bytes([byte]))
-            time.sleep(0.05)
-    assert 1 < time.monotonic() - started < 5
-    dialog.plain.close()
+    drip_in_vain(dialog, outgoing.read(), started)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -21,9 +21,9 @@ from qcow2snap.nbd.framing import SIMPLE_REPLIES
 from qcow2snap.nbd.listen import AF_VSOCK, listen_at_all, listen_unix, listen_vsock
 from qcow2snap.nbd.server import Server
 from qcow2snap.nbd.uri import URI
+from tests.nbd.serving import Serving
 from tests.nbd.support import ZeroNode, exports
 from tests.nbd.support import run as output
-from tests.nbd.test_serve import Serving
 from tests.nbd.test_server import SYSTEM_PYTHON
 from tests.nbd.test_workers import is_alive, until
 from tests.nbd.wire import handshake, packed, read

@@ -14,11 +14,12 @@ import pytest
 
 from formats import nbd
 from qcow2snap.nbd.framing import SIMPLE_REPLIES
+from tests.nbd.serving import Serving
 from tests.nbd.support import run as output
-from tests.nbd.test_serve import Serving
 from tests.nbd.wire import handshake, packed, read
 from tests.support import Image, require
 from tests.support.memory import process_tree
+from tests.support.waiting import until
 
 NewImage = Callable[..., Image]
 
@@ -72,13 +73,6 @@ def is_alive(pid: int) -> bool:
     with suppress(FileNotFoundError):
         return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
     return False
-
-
-def until(condition: Callable[[], bool], seconds: float = PATIENCE) -> bool:
-    deadline = time.monotonic() + seconds
-    while not (done := condition()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return done
 
 
 def clients_of(pid: int) -> int:

@@ -22,10 +22,10 @@ from qcow2snap.block.node import BlockNode
 from qcow2snap.block.raw import RawNode
 from qcow2snap.nbd.framing import EXTENDED_HEADERS, Framing
 from qcow2snap.nbd.transmission import Request
+from tests.nbd.serving import Serving
 from tests.nbd.support import Serve, connected, exports, run
 from tests.nbd.test_negotiation import Session
 from tests.nbd.test_newer_peers import peers  # noqa: F401  # a fixture
-from tests.nbd.test_serve import Serving
 from tests.nbd.test_transmission import EACH, FRAMINGS, WAYS, Way, quickly, slowly
 from tests.nbd.wire import Answer, ask, handshake, packed, read, understand
 from tests.support import qemu_io, require
