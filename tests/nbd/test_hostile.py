@@ -28,7 +28,8 @@ from tests.nbd.serving import Serving
 from tests.nbd.test_negotiation import replies
 from tests.nbd.wire import ask, handshake, meta, packed, read, receiver, understand
 from tests.support import Image
-from tests.support.memory import memory_limit, process_tree
+from tests.support.memory import memory_limit
+from tests.support.processes import process_tree
 from tests.support.table import write_table
 from tests.support.waiting import until
 

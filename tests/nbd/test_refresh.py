@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.nbd.serving import Serving
 from tests.nbd.support import run as output
-from tests.nbd.test_workers import Client, until, workers
+from tests.nbd.test_workers import Client, workers
 from tests.support import Image, require
+from tests.support.processes import open_files
+from tests.support.waiting import until
 
 NewImage = Callable[..., Image]
 
@@ -52,12 +52,7 @@ def test_files_of_former_states_are_closed_with_their_last_client(
 
     def held() -> int:
         """How often any of its processes has the image open."""
-        count = 0
-        for pid in [serving.process.pid, *workers(serving)]:
-            with suppress(FileNotFoundError):  # a worker that ends just now, or a descriptor
-                for entry in os.scandir(f"/proc/{pid}/fd"):
-                    count += os.readlink(entry.path) == str(image.path)
-        return count
+        return sum(open_files(pid).count(str(image.path)) for pid in [serving.process.pid, *workers(serving)])
 
     before = held()
     for _ in range(3):

@@ -28,7 +28,7 @@ from tests.nbd.test_server import SYSTEM_PYTHON
 from tests.nbd.test_workers import is_alive, until
 from tests.nbd.wire import handshake, packed, read
 from tests.support import Image, Result, require
-from tests.support.memory import process_tree
+from tests.support.processes import process_tree
 from tests.support.tools import REPOSITORY
 
 NewImage = Callable[..., Image]

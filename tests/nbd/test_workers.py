@@ -18,7 +18,7 @@ from tests.nbd.serving import Serving
 from tests.nbd.support import run as output
 from tests.nbd.wire import handshake, packed, read
 from tests.support import Image, require
-from tests.support.memory import process_tree
+from tests.support.processes import open_files, process_tree
 from tests.support.waiting import until
 
 NewImage = Callable[..., Image]
@@ -77,8 +77,7 @@ def is_alive(pid: int) -> bool:
 
 def clients_of(pid: int) -> int:
     """How many sockets a worker has, but for the one to its parent."""
-    links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
-    return sum(link.startswith("socket:") for link in links) - 1
+    return sum(file.startswith("socket:") for file in open_files(pid)) - 1
 
 
 def test_there_are_as_many_as_asked_for(serve: Callable[..., Serving]) -> None:

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-
-def process_tree(pid: int) -> list[int]:
-    """A process and all its descendants."""
-    found = [pid]
-    for each in found:
-        for children in Path(f"/proc/{each}/task").glob("*/children"):
-            with suppress(FileNotFoundError):  # the thread has ended meanwhile
-                found += map(int, children.read_text().split())
-    return found
+from tests.support.processes import process_tree
 
 
 def _field(pid: int, name: str) -> int:
