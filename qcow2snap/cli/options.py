@@ -94,15 +94,26 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return with_json
 
 
-def range_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """--start-offset and --max-length, as of `qemu-img map`; `length_within` says what they come to."""
-    start = click.option("--start-offset", type=Size(), default=0, help="Start there.")
-    length = click.option("--max-length", type=Size(), default=None, help="No more than that.")
-    return start(length(function))
+def together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, in the order in which `--help` is to show them."""
+
+    def decorated(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorated
+
+
+# As of `qemu-img map`; `length_within` says what they come to.
+range_options = together(
+    click.option("--start-offset", type=Size(), default=0, help="Start there."),
+    click.option("--max-length", type=Size(), default=None, help="No more than that."),
+)
 
 
 def length_within(size: int, start_offset: int, max_length: int | None) -> int:
-    """How many bytes of so many range_options select. OutOfRange if they begin beyond the end."""
+    """How many of so many bytes range_options select. OutOfRange if they begin beyond the end."""
     if start_offset > size:
         raise OutOfRange(f"--start-offset {start_offset} is beyond the end, which is at {size}")
     return size - start_offset if max_length is None else min(size - start_offset, max_length)

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, TypeVar
 
 import click
 
 from formats.nbd import NBD_PORT
+from qcow2snap.cli.options import together
 from qcow2snap.nbd.export import prefix_of
 from qcow2snap.nbd.listen import Listener, listen_tcp, listen_unix, listen_vsock
 from qcow2snap.nbd.negotiation import TLSMode
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 _LOOPBACK = "127.0.0.1"
 
@@ -51,75 +49,53 @@ class SectionedCommand(click.Command):
                     formatter.write_dl(records)
 
 
-def listening_options(function: F) -> F:
-    several: dict[str, Any] = {"multiple": True}
-    for option in reversed([
-        click.option("-k", "--socket", "sockets", metavar="PATH", help="A Unix socket. Repeatable.", **several),
-        click.option("-b", "--bind", "hosts", metavar="ADDR", **several,
-                     help=f"A TCP address, IPv4 or IPv6, or a host's name. Repeatable.  [default: {_LOOPBACK}]"),
-        click.option("-p", "--port", "ports", type=click.IntRange(0, 65535), metavar="PORT", **several,
-                     help=f"Its port; 0: any that is free. Repeatable, in order of the addresses; one goes with all "
-                          f"addresses, and one address with all ports.  [default: {NBD_PORT}]"),
-        click.option("--vsock", is_flag=True,
-                     help="vsock, for virtual machines and their host, on the ports of -p; TCP only with -b then."),
-    ]):  # fmt: skip
-        function = option(function)
-    return function
+listening_options = together(
+    click.option("-k", "--socket", "sockets", metavar="PATH", help="A Unix socket. Repeatable.", multiple=True),
+    click.option("-b", "--bind", "hosts", metavar="ADDR", multiple=True,
+                 help=f"A TCP address, IPv4 or IPv6, or a host's name. Repeatable.  [default: {_LOOPBACK}]"),
+    click.option("-p", "--port", "ports", type=click.IntRange(0, 65535), metavar="PORT", multiple=True,
+                 help=f"Its port; 0: any that is free. Repeatable, in order of the addresses; one goes with all "
+                      f"addresses, and one address with all ports.  [default: {NBD_PORT}]"),
+    click.option("--vsock", is_flag=True,
+                 help="vsock, for virtual machines and their host, on the ports of -p; TCP only with -b then."),
+)  # fmt: skip
 
+stdio_option = click.option(
+    "--stdio", is_flag=True, help="Standard input and output are the one client: for inetd, systemd and ssh."
+)
 
-def stdio_option(function: F) -> F:
-    return click.option(
-        "--stdio", is_flag=True, help="Standard input and output are the one client: for inetd, systemd and ssh."
-    )(function)
+client_options = together(
+    click.option("--workers", type=click.IntRange(0, 256), metavar="N",
+                 help="Processes that serve; 0, 1 or --writable: threads of this one.  [default: one a processor]"),
+    click.option("--max-connections", type=click.IntRange(1), default=512, show_default=True, metavar="N",
+                 help="Refuse more clients than that at a time."),
+    click.option("--handshake-timeout", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True,
+                 metavar="SECONDS", help="Cut off a client that has chosen no export by then."),
+)  # fmt: skip
 
+tls_options = together(
+    click.option("--tls", type=click.Choice([mode.value for mode in TLSMode]), default="off", show_default=True,
+                 help="Whether clients may (on), must (require) or cannot speak by TLS."),
+    click.option("--tls-certificates", metavar="DIR",
+                 help="With server-cert.pem and server-key.pem, and ca-cert.pem for --tls-verify-peer."),
+    click.option("--tls-verify-peer", is_flag=True,
+                 help="Serve only clients with a certificate that ca-cert.pem has signed."),
+    click.option("--tls-psk", metavar="FILE",
+                 help="Pre-shared keys, lines USERNAME:HEXKEY as psktool writes them (Python 3.13 or later)."),
+)  # fmt: skip
 
-def client_options(function: F) -> F:
-    for option in reversed([
-        click.option("--workers", type=click.IntRange(0, 256), metavar="N",
-                     help="Processes that serve; 0, 1 or --writable: threads of this one.  [default: one a processor]"),
-        click.option("--max-connections", type=click.IntRange(1), default=512, show_default=True, metavar="N",
-                     help="Refuse more clients than that at a time."),
-        click.option("--handshake-timeout", type=click.FloatRange(0, min_open=True), default=10.0, show_default=True,
-                     metavar="SECONDS", help="Cut off a client that has chosen no export by then."),
-    ]):  # fmt: skip
-        function = option(function)
-    return function
+running_options = together(
+    click.option("--once", is_flag=True,
+                 help="End when the first clients that chose an export have left, as qemu-nbd does without -t."),
+    click.option("--refresh", type=click.FloatRange(0.1), metavar="SECONDS",
+                 help="Look for new snapshots so often, and offer them as after SIGHUP."),
+)  # fmt: skip
 
-
-def tls_options(function: F) -> F:
-    for option in reversed([
-        click.option("--tls", type=click.Choice([mode.value for mode in TLSMode]), default="off", show_default=True,
-                     help="Whether clients may (on), must (require) or cannot speak by TLS."),
-        click.option("--tls-certificates", metavar="DIR",
-                     help="With server-cert.pem and server-key.pem, and ca-cert.pem for --tls-verify-peer."),
-        click.option("--tls-verify-peer", is_flag=True,
-                     help="Serve only clients with a certificate that ca-cert.pem has signed."),
-        click.option("--tls-psk", metavar="FILE",
-                     help="Pre-shared keys, lines USERNAME:HEXKEY as psktool writes them (Python 3.13 or later)."),
-    ]):  # fmt: skip
-        function = option(function)
-    return function
-
-
-def running_options(function: F) -> F:
-    for option in reversed([
-        click.option("--once", is_flag=True,
-                     help="End when the first clients that chose an export have left, as qemu-nbd does without -t."),
-        click.option("--refresh", type=click.FloatRange(0.1), metavar="SECONDS",
-                     help="Look for new snapshots so often, and offer them as after SIGHUP."),
-    ]):  # fmt: skip
-        function = option(function)
-    return function
-
-
-def process_options(function: F) -> F:
-    for option in reversed([
-        click.option("--exit-with-parent", is_flag=True, help="End when the process that started this one does."),
-        click.option("--pid-file", "pid_path", metavar="FILE", help="Write the process id there when ready."),
-        click.option("-v", "--verbose", is_flag=True, help="Log who connects, what they read and how much."),
-    ]):  # fmt: skip
-        function = option(function)
-    return function
+process_options = together(
+    click.option("--exit-with-parent", is_flag=True, help="End when the process that started this one does."),
+    click.option("--pid-file", "pid_path", metavar="FILE", help="Write the process id there when ready."),
+    click.option("-v", "--verbose", is_flag=True, help="Log who connects, what they read and how much."),
+)  # fmt: skip
 
 
 def check_tls(mode: TLSMode, certificates: str | None, verify_peer: bool, psk_file: str | None) -> None:
