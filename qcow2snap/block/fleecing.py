@@ -41,13 +41,10 @@ class Fleecing:
                 if isinstance(child, BlockNode):
                     opened.callback(child.close)
             if isinstance(disk, str):
-                if not raw:
-                    _check_is_raw(disk)
-                if isinstance(target, str):
-                    _check_are_two(disk, target)
-                disk = open_raw(disk, writable=True)
+                disk = open_disk(disk, raw=raw)
                 opened.callback(disk.close)
             if isinstance(target, str):
+                _check_are_two(disk, target)
                 target = RawNode(_open_target(target, disk.size, force, opened))
             elif not force and any(extent.must_read for extent in target.block_status(0, target.size)):
                 raise FileError("the target has something in it; --force overwrites that")
@@ -57,9 +54,17 @@ class Fleecing:
             self.close = opened.pop_all().close
 
 
-def _check_are_two(disk: str, target: str) -> None:
+def open_disk(filename: str, *, raw: bool = False) -> RawNode:
+    """The disk of a Fleecing, for who wants to look at it first. `raw`: whatever it looks like."""
+    if not raw:
+        _check_is_raw(filename)
+    return open_raw(filename, writable=True)
+
+
+def _check_are_two(disk: BlockNode, target: str) -> None:
     with suppress(OSError, ValueError):
-        if os.path.samefile(disk, target):
+        status = os.stat(target)
+        if isinstance(disk, RawNode) and disk.file.identity == (status.st_dev, status.st_ino):
             raise FileError(f"{target}: is the disk itself; the target has to be another file")
 
 

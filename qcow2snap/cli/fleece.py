@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 import sys
 from contextlib import ExitStack
+from functools import partial
 
 import click
 
 from qcow2snap.block.copy_before_write import OnCbwError
-from qcow2snap.block.fleecing import Fleecing
+from qcow2snap.block.fleecing import Fleecing, open_disk
 from qcow2snap.block.node import BlockNode
-from qcow2snap.cli import serve_options, text
+from qcow2snap.cli import dirty, serve_options, text
 from qcow2snap.cli.options import Size
 from qcow2snap.nbd.export import Export, Exports
 from qcow2snap.nbd.listen import listen_at_all, listen_unix
 from qcow2snap.nbd.log import log_to_stderr
+from qcow2snap.nbd.negotiation import TLSMode
+from qcow2snap.nbd.remote_node import RemoteNode
 from qcow2snap.nbd.server import Server
 from qcow2snap.nbd.service import Offer, Service, pid_file, signals_held, stop_with_parent
 
@@ -25,11 +28,13 @@ from qcow2snap.nbd.service import Offer, Service, pid_file, signals_held, stop_w
 @click.option("--target", metavar="TEMP", required=True,
               help="Where to keep what is overwritten. If it is not there: made now, removed at the end.")  # fmt: skip
 @serve_options.listening_options
-@click.option("--guest-socket", metavar="PATH", help="A Unix socket for guest alone; backup is at the others then.")
+@click.option("--guest-socket", metavar="PATH",
+              help="A Unix socket for guest alone, without TLS; backup is at the others then.")  # fmt: skip
 @click.option("-f", "--format", "image_format", type=click.Choice(["raw"]),
               help="What DISK is. Without this, a DISK that looks like something else is refused.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Overwrite TEMP if there is something in it.")
 @click.option("--max-temp", type=Size(), help="Let TEMP hold no more than that at a time.  [default: no limit]")
+@dirty.bitmap_options
 @click.option("--backup-trim", is_flag=True,
               help="Clients of backup may TRIM what they need no more: TEMP gives it back.")  # fmt: skip
 @click.option("--on-cbw-error", type=click.Choice([policy.value for policy in OnCbwError]),
@@ -40,6 +45,9 @@ from qcow2snap.nbd.service import Offer, Service, pid_file, signals_held, stop_w
 @click.option("--min-cluster-size", type=Size(), default=0, help="Copy so much at a time, or more.  [default: 64k]")
 @click.option("--server-timeout", type=click.FloatRange(0, min_open=True), default=60.0, show_default=True,
               metavar="SECONDS", help="The server of an NBD URI is lost if it says nothing for so long.")  # fmt: skip
+@click.option("--reconnect-delay", type=click.FloatRange(0), default=0.0, show_default=True, metavar="SECONDS",
+              help="Look so long for the server of an NBD URI that is gone, before that is an error.")  # fmt: skip
+@serve_options.tls_options
 @serve_options.process_options
 def command(
     disk: str,
@@ -52,11 +60,18 @@ def command(
     image_format: str | None,
     force: bool,
     max_temp: int | None,
+    bitmaps: tuple[str, ...],
+    references: tuple[str, ...],
     backup_trim: bool,
     on_cbw_error: str,
     cbw_timeout: float,
     min_cluster_size: int,
     server_timeout: float,
+    reconnect_delay: float,
+    tls: str,
+    tls_certificates: str | None,
+    tls_verify_peer: bool,
+    tls_psk: str | None,
     exit_with_parent: bool,
     pid_path: str | None,
     verbose: bool,
@@ -70,33 +85,55 @@ def command(
     QEMU's copy-before-write. Prints the exports' URIs, serves until SIGINT or SIGTERM, and says then how much was
     copied. The exit code is 1 if the snapshot was lost.
 
+    For an incremental backup, --bitmap and --changed-since say what is wanted: only that is kept and can be read from
+    backup, in clusters; all else is an error (EACCES in QEMU's words, EINVAL in NBD's). The export tells which it is by
+    the metadata context qemu:dirty-bitmap:NAME (of FILE: its name without .json) or qcow2snap:changed-since:REF.
+
     \b
         qcow2snap fleece disk.raw --target temp.raw -k /tmp/s &
         nbdcopy 'nbd+unix:///backup?socket=/tmp/s' backup.raw
     """
     log_to_stderr(verbose=verbose)
     places = serve_options.places(sockets, hosts, ports, vsock)
+    mode = TLSMode(tls)
+    serve_options.check_tls(mode, tls_certificates, tls_verify_peer, tls_psk)
+    wanted = dirty.sources(bitmaps, references)
     with ExitStack() as at_end:
         at_end.enter_context(signals_held())
-        children = [_opened(child, server_timeout) for child in (disk, target)]
+        secure = None
+        if mode is not TLSMode.OFF:
+            from qcow2snap.nbd.tls import Credentials  # only here: ssl takes time to load
+
+            secure = Credentials(tls_certificates, tls_verify_peer, tls_psk).read()
+        remote = partial(RemoteNode, writable=True, timeout=server_timeout, reconnect_delay=reconnect_delay)
+        if is_uri(disk):
+            disk_node: BlockNode = remote(disk, contexts=[source.context for source in wanted if source.is_of_disk])
+        else:
+            disk_node = open_disk(disk, raw=image_format == "raw")
+        at_end.callback(disk_node.close)
+        frozen = dirty.read(wanted, disk_node)
         fleecing = Fleecing(
-            *children,
-            raw=image_format == "raw",
+            disk_node,
+            remote(target) if is_uri(target) else target,
             force=force,
+            bitmap=dirty.union(frozen.values()) if frozen else None,
             on_cbw_error=OnCbwError(on_cbw_error),
             cbw_timeout=cbw_timeout,
             min_cluster_size=min_cluster_size,
             max_target=max_temp,
         )
         at_end.callback(fleecing.close)
+        for name, bitmap in frozen.items():
+            told = f"{text.size(bitmap.count)} of {text.size(bitmap.size)} are dirty by {name}"
+            print(f"qcow2snap: {told}", file=sys.stderr)
         guest = Export("guest", lambda: fleecing.guest, "the disk, to be read and written")
-        backup = Export("backup", lambda: fleecing.backup, "what the disk was", may_trim=backup_trim)
+        backup = Export("backup", lambda: fleecing.backup, "what the disk was", may_trim=backup_trim, bitmaps=frozen)
         listeners = listen_at_all(places)
         for listener in listeners:
             at_end.callback(listener.close)
-        main = Server(Exports([backup] if guest_socket else [guest, backup]), listeners)
+        main = Server(Exports([backup] if guest_socket else [guest, backup]), listeners, tls=mode, secure=secure)
         at_end.callback(main.stop)
-        uris = [listener.uri for listener in listeners]
+        uris = [listener.uri._replace(tls=mode is not TLSMode.OFF) for listener in listeners]
         names = ["backup"] if guest_socket else ["guest", "backup"]
         named = [uri._replace(export=name) for uri in uris for name in names]
         if guest_socket:
@@ -118,10 +155,6 @@ def command(
     return 0
 
 
-def _opened(child: str, timeout: float) -> str | BlockNode:
-    """A remote export as a node; a file's name is left to who opens it."""
-    if not re.match(r"nbds?(\+unix|\+vsock)?://", child):
-        return child
-    from qcow2snap.nbd.remote_node import RemoteNode
-
-    return RemoteNode(child, writable=True, timeout=timeout)
+def is_uri(child: str) -> bool:
+    """Of an NBD export, and not the name of a file."""
+    return re.match(r"nbds?(\+unix|\+vsock)?://", child) is not None

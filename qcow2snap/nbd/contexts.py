@@ -5,6 +5,8 @@ qemu:allocation-depth        as QEMU has it: 0 where nothing is allocated, 1 her
 qemu:dirty-bitmap:NAME       flag 1: dirty. Bitmaps record the writes of the active disk, so only its export has them
 qcow2snap:changed-since:REF  flag 1: bytes may differ from snapshot REF. What reads dirty bitmaps reads this
 
+An export may be given frozen bitmaps under names of the last two kinds; they come before what its node can tell.
+
 REF is a snapshot's name where that is its alone, and in any case `id=` with its id, as for exports.
 """
 
@@ -12,11 +14,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
 from typing import NamedTuple
 
 from formats.nbd import State
+from qcow2snap.block.frozen_bitmap import FrozenBitmap
 from qcow2snap.block.node import BlockNode, ChangeTracking, Qcow2SnapError, SnapshotInfo, Status
 from qcow2snap.nbd.names import SnapshotNames
 from qcow2snap.nbd.strings import is_string
@@ -77,7 +81,14 @@ def _merged(runs: Iterable[tuple[int, int]]) -> Runs:
 class Contexts:
     """The contexts of one export. Looked up, and listed, without making those that nobody asked for."""
 
-    def __init__(self, node: BlockNode, snapshots: SnapshotNames | None = None) -> None:
+    def __init__(
+        self,
+        node: BlockNode,
+        snapshots: SnapshotNames | None = None,
+        bitmaps: Mapping[str, FrozenBitmap] = MappingProxyType({}),
+    ) -> None:
+        """`bitmaps`: further contexts of the kind of qemu:dirty-bitmap, by their whole names."""
+        self._frozen = {name: _frozen(name, bitmap) for name, bitmap in bitmaps.items()}
         self._tracking = node if isinstance(node, ChangeTracking) else None
         self._snapshots = snapshots if snapshots is not None and self._tracking is not None else SnapshotNames(())
 
@@ -88,6 +99,8 @@ class Contexts:
         """The context of exactly this name."""
         if name in _PLAIN:
             return _PLAIN[name]
+        if name in self._frozen:
+            return self._frozen[name]
         if name.startswith(DIRTY_BITMAP):
             return self._dirty_bitmap(name.removeprefix(DIRTY_BITMAP))
         if name.startswith(CHANGED_SINCE):
@@ -115,13 +128,17 @@ class Contexts:
         for name, context in _PLAIN.items():
             if name.startswith(prefix):
                 yield context
+        for name, context in self._frozen.items():
+            if name.startswith(prefix):
+                yield context
         if DIRTY_BITMAP.startswith(prefix):
             for name in self._bitmaps():
-                if is_string(DIRTY_BITMAP + name):
+                if is_string(DIRTY_BITMAP + name) and DIRTY_BITMAP + name not in self._frozen:
                     yield _bitmap(name)
         if CHANGED_SINCE.startswith(prefix):
             for name, snapshot in self._snapshots.shown(CHANGED_SINCE):
-                yield _changed_since(CHANGED_SINCE + name, snapshot)
+                if CHANGED_SINCE + name not in self._frozen:
+                    yield _changed_since(CHANGED_SINCE + name, snapshot)
 
     def _bitmaps(self) -> Sequence[str]:
         try:
@@ -167,6 +184,10 @@ def _bitmap(name: str) -> MetaContext:
         return _dirty(node.dirty_extents(name, offset, length), offset, offset + length)
 
     return MetaContext(DIRTY_BITMAP + name, runs)
+
+
+def _frozen(name: str, bitmap: FrozenBitmap) -> MetaContext:
+    return MetaContext(name, lambda node, offset, length: _dirty(bitmap.dirty(offset, length), offset, offset + length))
 
 
 def _changed_since(name: str, snapshot: SnapshotInfo) -> MetaContext:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 
+from qcow2snap.block.frozen_bitmap import FrozenBitmap
 from qcow2snap.block.node import BlockNode, NBDError, SnapshotAccess, SnapshotInfo, SnapshotNotFound
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
 from qcow2snap.nbd.contexts import Contexts
@@ -35,6 +36,7 @@ class Export:
     preferred_block_size: int = 4096  # bytes, a power of 2
     snapshots: SnapshotNames | None = None  # with which the node can be compared
     may_trim: bool = False  # a read-only node: the reader may say what it needs no more
+    bitmaps: Mapping[str, FrozenBitmap] = field(default_factory=dict)  # shown as well, by the names of contexts
 
     @cached_property
     def node(self) -> BlockNode:
@@ -43,7 +45,7 @@ class Export:
     @cached_property
     def contexts(self) -> Contexts:
         """What can be told of the node in BLOCK_STATUS."""
-        return Contexts(self.node, self.snapshots)
+        return Contexts(self.node, self.snapshots, self.bitmaps)
 
     @cached_property
     def file_map(self) -> FileMap:

@@ -15,6 +15,7 @@ from typing import TypeVar
 from formats.nbd import CommandFlag, Errno, State, TransmissionFlag
 from qcow2snap.block.buffers import Cursor
 from qcow2snap.block.node import (
+    BitmapNotFound,
     BlockNode,
     Buffer,
     Extent,
@@ -28,6 +29,7 @@ from qcow2snap.block.node import (
     merged,
 )
 from qcow2snap.nbd.client import ALLOCATION, Client, ReplyError
+from qcow2snap.nbd.contexts import DIRTY
 from qcow2snap.nbd.uri import URI, parse
 
 T = TypeVar("T")
@@ -55,8 +57,12 @@ class RemoteNode(BlockNode):
         timeout: float = 60.0,
         reconnect_delay: float = 0.0,
         max_connections: int = 4,
+        contexts: Sequence[str] = (),
     ) -> None:
-        """`timeout`: seconds without a sign of life of the server. `reconnect_delay`: seconds to look for it again."""
+        """`timeout`: seconds without a sign of life of the server. `reconnect_delay`: seconds to look for it again.
+
+        `contexts`: metadata contexts that dirty() will be asked for. The server has none of one: BitmapNotFound.
+        """
         self.filename = str(where)
         self._uri = parse(where) if isinstance(where, str) else where
         self._timeout = timeout
@@ -68,6 +74,7 @@ class RemoteNode(BlockNode):
         self._flushed = 0  # how many of them are durable
         self._lost = ""  # why nothing can be read or written any more
         self._closed = False
+        self._contexts = tuple(contexts)
         self.size = -1
         client = self._connect()
         self._idle.append(client)
@@ -75,6 +82,10 @@ class RemoteNode(BlockNode):
         self._flags = client.export.flags
         self.read_only = not writable
         self._most = max_connections if self._flags & TransmissionFlag.CAN_MULTI_CONN else 1
+        for context in self._contexts:
+            if context not in client.contexts:
+                client.close()
+                raise BitmapNotFound(f"{self.filename}: has no metadata context {context}")
         if writable and self._flags & TransmissionFlag.READ_ONLY:
             client.close()
             raise ReadOnly(f"{self.filename}: is exported read-only")
@@ -101,6 +112,17 @@ class RemoteNode(BlockNode):
                 status = Status.ZERO if flags & State.ZERO else Status.DATA
                 if run:
                     yield Extent(offset, run, status | Status.ALLOCATED)
+                offset += run
+
+    def dirty(self, context: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """Offset and length of what is dirty in a range, by a context of the kind of qemu:dirty-bitmap: its flag 1."""
+        self.check_range(offset, length)
+        end = offset + length
+        while offset < end:
+            ask = partial(Client.block_status, offset=offset, length=end - offset, context=context)
+            for run, flags in self._ask(ask):
+                if flags & DIRTY and run:
+                    yield offset, min(run, end - offset)
                 offset += run
 
     def pwritev(self, offset: int, buffers: Sequence[Buffer]) -> None:
@@ -223,7 +245,7 @@ class RemoteNode(BlockNode):
     def _connect(self) -> Client:
         client = Client.connect(self._uri, timeout=self._timeout)
         try:
-            size = client.go(self._uri.export).size
+            size = client.go(self._uri.export, (ALLOCATION, *self._contexts)).size
             if self.size not in (-1, size):
                 raise NBDError(f"{self.filename}: has {size} bytes now, and had {self.size}")
         except BaseException:

@@ -10,7 +10,11 @@ import pytest
 from qcow2snap.nbd.export import Exports
 from qcow2snap.nbd.listen import listen_unix
 from qcow2snap.nbd.server import Server
+from tests.nbd.fleecing import disk, fleece, qemu_graph
+from tests.nbd.nbdkit import Nbdkit, Start
 from tests.nbd.support import NewNode, PatchworkNode, Serve
+
+__all__ = ["disk", "fleece", "qemu_graph"]  # fixtures, too
 
 
 @pytest.fixture
@@ -40,3 +44,16 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     yield start
     for server in servers:
         server.stop()
+
+
+@pytest.fixture
+def nbdkit(tmp_path: Path) -> Iterator[Start]:
+    running: list[Nbdkit] = []
+
+    def start(*arguments: str) -> Nbdkit:
+        running.append(Nbdkit(tmp_path / f"k{len(running)}", *arguments))
+        return running[-1]
+
+    yield start
+    for each in running:
+        each.kill()

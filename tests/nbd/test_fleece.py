@@ -3,72 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.block.test_image_lock import qemu_io_holding
+from tests.nbd.fleecing import CLUSTER, SIZE, Fleece, MiB, copy, libnbd
+from tests.nbd.nbdkit import Nbdkit, Start
 from tests.nbd.serving import Serving
 from tests.nbd.support import run as output
-from tests.nbd.test_interop import SYSTEM_PYTHON
-from tests.nbd.test_remote_node import Nbdkit, Start, nbdkit  # noqa: F401  # a fixture
+from tests.nbd.test_tls import make_certificates
 from tests.support import qemu_img, qemu_io, require
 from tests.support import run as cli
-
-MiB = 1 << 20
-CLUSTER = 1 << 16
-SIZE = 8 * MiB + 3 * 4096  # the last cluster is short
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Path:
-    """Data, with holes in it."""
-    path = tmp_path / "disk.raw"
-    content = random.Random(1)
-    with path.open("wb") as file:
-        file.truncate(SIZE)
-        for offset in range(0, SIZE, MiB):
-            file.seek(offset)
-            file.write(content.randbytes(min(700_000, SIZE - offset)))
-    return path
-
-
-Fleece = Callable[..., Serving]
-
-
-@pytest.fixture
-def fleece(disk: Path, tmp_path: Path) -> Iterator[Fleece]:
-    running = []
-
-    def start(*arguments: str | Path) -> Serving:
-        where = [disk, "--target", tmp_path / "temp.raw", "-k", tmp_path / "s"]
-        running.append(Serving(*where, *arguments, command="fleece"))
-        return running[-1]
-
-    yield start
-    for each in running:
-        if each.process.poll() is None:
-            each.stop()
-
-
-def copy(uri: str, to: Path) -> bytes:
-    """All of an export, by nbdcopy."""
-    require("nbdcopy")
-    output("nbdcopy", uri, to)
-    return to.read_bytes()
-
-
-def libnbd(script: str, *arguments: str) -> str:
-    if output(SYSTEM_PYTHON, "-c", "import nbd; print('yes')", check=False) != "yes\n":
-        require("python3-libnbd")
-    return output(SYSTEM_PYTHON, "-c", script, *arguments)
 
 
 def test_a_backup_is_what_the_disk_was_whatever_fio_does_meanwhile(fleece: Fleece, disk: Path, tmp_path: Path) -> None:
@@ -151,40 +101,6 @@ for step in range(150):
 said.append(hashlib.sha256(guest.pread(size, 0)).hexdigest())
 print(json.dumps(said))
 """
-
-
-@pytest.fixture
-def qemu_graph(tmp_path: Path) -> Iterator[Callable[[Path], tuple[str, str]]]:
-    """QEMU's graph over a disk; gives the URIs of guest and backup."""
-    running = []
-
-    def start(disk: Path) -> tuple[str, str]:
-        temp, where = tmp_path / "qemu-temp.raw", tmp_path / "q"
-        temp.touch()
-        os.truncate(temp, disk.stat().st_size)
-        nodes: list[dict[str, Any]] = [
-            {"driver": "file", "node-name": "disk", "filename": str(disk)},
-            {"driver": "file", "node-name": "temp", "filename": str(temp)},
-            {"driver": "copy-before-write", "node-name": "cbw", "file": "disk", "target": "temp"},
-            {"driver": "snapshot-access", "node-name": "access", "file": "cbw"},
-        ]
-        command = [require("qemu-storage-daemon"), "--nbd-server", f"addr.type=unix,addr.path={where}"]
-        for node in nodes:
-            command += ["--blockdev", json.dumps({**node, "discard": "unmap"})]
-        for name, node_name in (("guest", "cbw"), ("backup", "access")):
-            command += ["--export", f"type=nbd,id={name},node-name={node_name},name={name},writable=on"]
-        pid = tmp_path / "pid"
-        running.append(subprocess.Popen([*command, "--pidfile", str(pid)]))
-        for _ in range(200):
-            if pid.exists():
-                break
-            time.sleep(0.05)
-        return f"nbd+unix:///guest?socket={where}", f"nbd+unix:///backup?socket={where}"
-
-    yield start
-    for process in running:
-        process.kill()
-        process.wait()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -350,12 +266,12 @@ def test_what_was_acknowledged_is_there_when_it_is_killed(fleece: Fleece, disk: 
 
 
 @pytest.fixture
-def remote_temp(nbdkit: Start) -> Nbdkit:  # noqa: F811
+def remote_temp(nbdkit: Start) -> Nbdkit:
     return nbdkit("memory", str(SIZE))
 
 
 def test_disk_and_target_may_be_elsewhere(
-    nbdkit: Start,  # noqa: F811
+    nbdkit: Start,
     remote_temp: Nbdkit,
     disk: Path,
     tmp_path: Path,
@@ -394,3 +310,41 @@ def test_a_target_that_dies_and_comes_back_never_gives_wrong_bytes(
     read = subprocess.run([require("nbdcopy"), backup, "null:"], capture_output=True, timeout=60)
     assert read.returncode != 0
     assert serving.stop() == (1 if policy == "break-snapshot" else 0)
+
+
+def test_a_disk_that_dies_and_comes_back_in_time_is_used_on(
+    nbdkit: Start, fleece: Fleece, disk: Path, tmp_path: Path
+) -> None:
+    before = disk.read_bytes()
+    remote = nbdkit("file", str(disk))
+    options = ("--target", tmp_path / "temp.raw", "-k", tmp_path / "s", "--reconnect-delay", "20")
+    serving = Serving(remote.uri, *options, command="fleece")
+    guest, backup = serving.uris
+    output(require("qemu-io"), "-f", "raw", "-c", "write -f -P 1 0 64k", guest)
+    remote.kill()
+    write = subprocess.Popen(
+        [require("qemu-io"), "-f", "raw", "-c", "read 4M 64k", "-c", "write -f -P 2 1M 64k", guest]
+    )
+    time.sleep(0.5)
+    assert write.poll() is None, "it has not looked for the server again"
+    remote.start()
+    assert write.wait(30) == 0
+    assert copy(backup, tmp_path / "backup.raw") == before
+    assert disk.read_bytes()[MiB : MiB + CLUSTER] == b"\2" * CLUSTER
+    assert serving.stop() == 0
+
+
+def test_the_backup_is_read_by_tls_and_the_guests_own_socket_is_without(
+    fleece: Fleece, disk: Path, tmp_path: Path
+) -> None:
+    before = disk.read_bytes()
+    pki = make_certificates(tmp_path / "pki")
+    tls = ("--tls", "require", "--tls-certificates", pki, "--tls-verify-peer")
+    guest, backup, _ = fleece("--guest-socket", tmp_path / "g", "-p", "0", *tls).uris
+    assert (guest[:11], backup[:11]) == ("nbd+unix://", "nbds+unix:/")
+    output(require("qemu-io"), "-f", "raw", "-c", "write -P 1 0 1M", guest)
+    assert copy(f"{backup}&tls-certificates={pki}", tmp_path / "backup.raw") == before
+    refused = subprocess.run(["nbdinfo", backup.replace("nbds", "nbd")], capture_output=True, timeout=60)
+    assert refused.returncode != 0
+    result = cli("fleece", disk, "--target", tmp_path / "t", "-k", tmp_path / "s2", "--tls", "require")
+    assert (result.returncode, "--tls-certificates" in result.stderr) == (2, True)

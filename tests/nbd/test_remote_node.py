@@ -5,12 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
-import socket
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,49 +14,9 @@ import pytest
 from qcow2snap.block.node import NBDError, NoSpace, NotSupported, OutOfRange, ReadOnly, Status, UnsupportedFeature
 from qcow2snap.nbd.remote_node import RemoteNode
 from tests.block.memory import Task
-from tests.support import require
+from tests.nbd.nbdkit import Start
 
 SIZE = (1 << 20) + 512
-
-
-class Nbdkit:
-    """An nbdkit that serves on a socket, and can be killed and started again."""
-
-    def __init__(self, path: Path, *arguments: str) -> None:
-        self.uri = f"nbd+unix:///?socket={path}"
-        self._path = path
-        self._command = [require("nbdkit"), "-f", "-U", str(path), *arguments]
-        self.start()
-
-    def start(self) -> None:
-        self._path.unlink(missing_ok=True)
-        self.process = subprocess.Popen(self._command, stderr=subprocess.DEVNULL)
-        for _ in range(200):
-            with socket.socket(socket.AF_UNIX) as client, suppress(OSError):
-                client.connect(str(self._path))
-                return
-            time.sleep(0.05)
-        raise AssertionError("nbdkit does not start")
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-Start = Callable[..., Nbdkit]
-
-
-@pytest.fixture
-def nbdkit(tmp_path: Path) -> Iterator[Start]:
-    running: list[Nbdkit] = []
-
-    def start(*arguments: str) -> Nbdkit:
-        running.append(Nbdkit(tmp_path / f"k{len(running)}", *arguments))
-        return running[-1]
-
-    yield start
-    for each in running:
-        each.kill()
 
 
 @pytest.fixture
