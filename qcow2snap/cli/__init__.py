@@ -22,6 +22,7 @@ _COMMANDS = {
     "list": "List the snapshots of an image.",
     "info": "Describe an image: its size, format, features, snapshots and chain.",
     "map": "Show which parts of a disk or snapshot are allocated, and where they lie.",
+    "create": "Make an empty qcow2 image.",
     "extract": "Copy a disk, a snapshot or a VM state to a raw file.",
     "diff": "Show which bytes differ between two snapshots, and how.",
     "digest": "Hash snapshots, and check them against a manifest.",
@@ -68,7 +69,7 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, "-V", "--version", prog_name="qcow2snap")
 def cli() -> None:
-    """Get at the internal snapshots of qcow2 disk images. The image is never written."""
+    """Get at the internal snapshots of qcow2 disk images."""
 
 
 def main(args: Sequence[str] | None = None) -> None:

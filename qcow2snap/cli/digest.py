@@ -11,12 +11,12 @@ import click
 
 from qcow2snap.block.graph import OpenOptions, files_of
 from qcow2snap.block.node import SnapshotInfo, SnapshotNotFound
+from qcow2snap.block.output import OutputFile, is_stream
 from qcow2snap.block.qcow2.driver import Qcow2Node
 from qcow2snap.block.snapshot_ref import shown
 from qcow2snap.cli import options, text
 from qcow2snap.cli.progress import ProgressBar
 from qcow2snap.forensics.digest import DEFAULT_ALGORITHMS, Subject, digests, manifest, new_hasher, read_manifest
-from qcow2snap.forensics.output import OutputFile, is_stream
 
 
 @click.command("digest")

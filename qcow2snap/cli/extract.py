@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import click
 
 from qcow2snap.block.graph import OpenOptions, files_of
 from qcow2snap.block.node import BlockNode, FileError, ImageFormatError, OutOfRange
+from qcow2snap.block.output import OutputFile, is_stream
 from qcow2snap.cli import options
 from qcow2snap.cli.progress import ProgressBar
+from qcow2snap.cli.terminable import terminable
 from qcow2snap.forensics.copy import copy_sparse, copy_stream
-from qcow2snap.forensics.output import OutputFile, is_stream
 from qcow2snap.forensics.salvage import Hole
 
 
@@ -62,7 +61,7 @@ def command(
         raise OutOfRange(f"the range ends beyond the end, which is at {node.size}")
     length = node.size - start if length is None else length
     try:
-        with _terminable(), ProgressBar(f"extract {os.path.basename(image)}", length) as bar:
+        with terminable(), ProgressBar(f"extract {os.path.basename(image)}", length) as bar:
             if out == "-" or is_stream(out):
                 _to_stream(node, start, length, out, skip_damaged, bar)
             else:
@@ -125,22 +124,3 @@ def _tell_sum(holes: list[Hole]) -> None:
         missing = sum(hole.length for hole in holes)
         places = "one hole" if len(holes) == 1 else f"{len(holes)} holes"
         print(f"qcow2snap: {missing} bytes in {places} could not be read", file=sys.stderr)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Signals as an exception, so that what is half written is taken away. One switched off, as by nohup, stays off."""
-
-    def leave(signum: int, _frame: object) -> None:
-        sys.exit(128 + signum)
-
-    wanted = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    previous = {number: signal.getsignal(number) for number in wanted}
-    heard = [number for number in wanted if previous[number] is not signal.SIG_IGN]
-    for number in heard:
-        signal.signal(number, leave)
-    try:
-        yield
-    finally:
-        for number in heard:
-            signal.signal(number, previous[number])

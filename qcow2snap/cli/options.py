@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -13,6 +12,7 @@ import click
 from qcow2snap.block.graph import OpenOptions, open_image
 from qcow2snap.block.node import BlockNode, OutOfRange
 from qcow2snap.block.qcow2.driver import TABLE_CACHE_SIZE, Qcow2Node
+from qcow2snap.block.sizes import parse_size
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -26,13 +26,10 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic in newer versi
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"(0x[0-9a-fA-F]+|[0-9]+)([bkKMGTPE]?)", value)
-        if not match:
-            self.fail(f"{value!r} is not a number of bytes (512, 64k, 10M, 0x200)", param, ctx)
-        return int(match[1], 0 if match[1].startswith("0x") else 10) << _SHIFTS[match[2]]
-
-
-_SHIFTS = {"": 0, "b": 0, "k": 10, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def image_argument(function: F) -> F:
@@ -109,6 +106,16 @@ def together(*options: Callable[[F], F]) -> Callable[[F], F]:
 range_options = together(
     click.option("--start-offset", type=Size(), default=0, help="Start there."),
     click.option("--max-length", type=Size(), default=None, help="No more than that."),
+)
+
+
+# As of `qemu-img create` and `convert`; the command gets `wanted`, each as it was given.
+create_options = click.option(
+    "-o",
+    "wanted",
+    metavar="OPTIONS",
+    multiple=True,
+    help="NAME=VALUE, more after commas: cluster_size, compat, compression_type, data_file, ...",
 )
 
 

@@ -1,4 +1,4 @@
-"""Where an extract goes: a new file that appears only when it is whole, a block device, or a pipe."""
+"""Where a new file goes: it appears only when it is whole; or a block device, or a pipe."""
 
 from __future__ import annotations
 

@@ -1,0 +1,32 @@
+"""Refcounts of any width: a refcount block's bytes from and to numpy arrays. Knows no file.
+
+The plain twin, and the declaration of the layout, is formats.qcow2.refcount_block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def packed(refcounts: NDArray[Any], refcount_order: int) -> bytes:
+    """Refcounts as they stand in a block. Below a byte, the first is in the least significant bits."""
+    if refcount_order >= 3:
+        return refcounts.astype(f">u{1 << refcount_order - 3}").tobytes()
+    width = 1 << refcount_order
+    groups = refcounts.astype(np.uint8).reshape(-1, 8 // width)
+    shifts = np.arange(0, 8, width, dtype=np.uint8)
+    joined: NDArray[np.uint8] = np.bitwise_or.reduce(groups << shifts, axis=1)
+    return joined.tobytes()
+
+
+def unpacked(data: bytes | bytearray | memoryview, refcount_order: int) -> NDArray[np.uint64]:
+    """The refcounts of a block, or of whole bytes of one."""
+    if refcount_order >= 3:
+        return np.frombuffer(data, dtype=f">u{1 << refcount_order - 3}").astype(np.uint64)
+    width = 1 << refcount_order
+    shifts = np.arange(0, 8, width, dtype=np.uint8)
+    fields = np.frombuffer(data, dtype=np.uint8)[:, None] >> shifts & np.uint8((1 << width) - 1)
+    return fields.reshape(-1).astype(np.uint64)
