@@ -1,0 +1,1 @@
+"""Conformance: what the specification asks of an image, and what this image does. Reads; never writes."""

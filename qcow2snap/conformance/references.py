@@ -1,0 +1,189 @@
+"""The walk: which host clusters the active disk and each snapshot refer to, and how often. Judges nothing.
+
+Snapshots share most L2 tables: an image with a hundred of them has few more tables than one with none. So the L1 tables
+of all states are read first, and come to one list of L2 tables, each with the number of L1 entries that point to it;
+then each table is read once (`l2_batches`), and what it refers to counts that many times.
+
+    walk = references(file, header, table.entries)
+    for batch in walk.batches():                # every L2 table once
+        rows, clusters = batch.references()     # row: which table of the batch; cluster: index into the file
+        tables = batch.tables                   # by row: how often referred to, by which state alone
+
+As in QEMU, what lies past the end of the file reads as zeros, and what leaves the file is no reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from formats import qcow2 as layout
+from formats.qcow2 import L1TableEntry
+from qcow2snap.block.file import FileNode
+from qcow2snap.block.node import SnapshotInfo
+from qcow2snap.block.qcow2.header import ImageHeader
+from qcow2snap.block.qcow2.snapshot_table import TableEntry
+from qcow2snap.conformance.l2_batches import L2Batch, read_batches
+
+ACTIVE = 0  # the first of the states
+
+_OFFSET = np.uint64(L1TableEntry.mask("offset"))
+# Bytes of L1 tables that one walk reads. A hostile image may let each of 65,536 snapshots have the same 32 MiB.
+MAX_L1_BYTES = 2 << 30
+# Bytes of L2 tables that do not start at a cluster boundary: those may overlap, and come to any number.
+MAX_UNALIGNED_BYTES = 32 << 20
+_PENDING = 1 << 20  # L1 entries that are gathered before they are put in order
+
+
+class State(NamedTuple):
+    """What has an L1 table: the active disk, whose snapshot is None, or a snapshot."""
+
+    snapshot: SnapshotInfo | None
+    l1_table_offset: int
+    l1_size: int  # entries
+
+    @property
+    def l1_length(self) -> int:
+        """Bytes of the L1 table."""
+        return 8 * self.l1_size
+
+    def can_follow(self, header: ImageHeader) -> bool:
+        """Whether the L1 table is where one can be. QEMU goes no further where it is not."""
+        return (
+            self.l1_table_offset % header.cluster_size == 0
+            and self.l1_length <= layout.MAX_L1_TABLE_SIZE
+            and self.l1_table_offset + self.l1_length < 1 << 63
+        )
+
+    def read_l1(self, file: FileNode) -> NDArray[np.uint64]:
+        """The entries that are in the file; those past its end would be zeros."""
+        data = file.pread_available(self.l1_table_offset, self.l1_length)
+        return np.frombuffer(data[: len(data) // 8 * 8], dtype=">u8").astype(np.uint64)
+
+
+Column = NDArray[np.int64]
+
+
+class L2Tables(NamedTuple):
+    """Distinct L2 tables, as columns, in the order of their host offsets."""
+
+    offsets: Column
+    counts: Column  # L1 entries of all states that point there
+    active_counts: Column  # those of the active L1 table
+    first_states: Column  # lowest and highest number of a state that refers to it:
+    last_states: Column  # where they are the same, the table is that state's alone
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def part(self, start: int, stop: int) -> L2Tables:
+        return L2Tables(*(column[start:stop] for column in self))
+
+    def chosen(self, which: NDArray[np.bool_]) -> L2Tables:
+        return L2Tables(*(column[which] for column in self))
+
+
+class References:
+    """What the states of an image refer to.
+
+    states      the active disk, then the snapshots in the order of their table
+    tables      the L2 tables that lie in the file and are read
+    outside     the L2 tables that do not
+    left_out    states whose L1 table is not followed, or would be more than the walk reads
+    threads     any; nothing changes after construction
+    errors      FileError
+    """
+
+    def __init__(self, file: FileNode, header: ImageHeader, states: Sequence[State]) -> None:
+        self._file = file
+        self.header = header
+        self.states = tuple(states)
+        self.file_size = file.current_size()
+        tally, left_out, budget = _Tally(), [], MAX_L1_BYTES
+        for number, state in enumerate(self.states):
+            if state.can_follow(header) and state.l1_length <= budget:
+                budget -= min(state.l1_length, max(0, self.file_size - state.l1_table_offset))
+                entries = state.read_l1(file)
+                tally.add(number, (entries[entries != 0] & _OFFSET).astype(np.int64))
+            else:
+                left_out.append(number)
+        self.left_out = tuple(left_out)
+        tables = tally.tables()
+        is_inside = tables.offsets < self.file_size
+        self.outside = tables.chosen(~is_inside)
+        self.tables = tables.chosen(is_inside)
+        unaligned = self.tables.offsets % header.cluster_size != 0
+        if unaligned.any():
+            unaligned &= np.cumsum(unaligned) * header.cluster_size > MAX_UNALIGNED_BYTES
+            self.tables = self.tables.chosen(~unaligned)
+
+    def batches(self) -> Iterator[L2Batch]:
+        """Every L2 table once, in the order of their host offsets, some at a time. Each call reads them anew."""
+        return read_batches(self._file, self.header, self.tables, self.file_size)
+
+    def states_of(self, l2_offset: int) -> list[int]:
+        """The numbers of all states whose L1 table points there. Reads the L1 tables again: for what is reported."""
+        return [number for number, _ in self.l1_entries_of(l2_offset)]
+
+    def l1_entries_of(self, l2_offset: int) -> Iterator[tuple[int, list[int]]]:
+        """States whose L1 table points there, each with the indexes of the entries that do."""
+        for number, state in enumerate(self.states):
+            if number not in self.left_out:
+                entries = state.read_l1(self._file)
+                found = np.flatnonzero((entries & _OFFSET == np.uint64(l2_offset)) & (entries != 0))
+                if len(found):
+                    yield number, found.tolist()
+
+
+def references(file: FileNode, header: ImageHeader, entries: Sequence[TableEntry]) -> References:
+    """What the active disk and the snapshots of these table entries refer to."""
+    active = State(None, header.l1_table_offset, header.l1_size)
+    return References(file, header, [active, *(State(e.info, e.l1_table_offset, e.l1_size) for e in entries)])
+
+
+class _Tally:
+    """Offsets of L2 tables by state, gathered into L2Tables."""
+
+    def __init__(self) -> None:
+        self._tables = L2Tables(*(np.zeros(0, np.int64) for _ in L2Tables._fields))
+        self._pending: list[tuple[int, Column]] = []
+        self._nb_pending = 0
+
+    def add(self, state: int, offsets: Column) -> None:
+        self._pending.append((state, offsets))
+        self._nb_pending += len(offsets)
+        if self._nb_pending > max(_PENDING, len(self._tables)):
+            self._merge()
+
+    def tables(self) -> L2Tables:
+        self._merge()
+        return self._tables
+
+    def _merge(self) -> None:
+        lengths = [len(offsets) for _, offsets in self._pending]
+        states = np.repeat(np.array([state for state, _ in self._pending], np.int64), lengths)
+        ones = np.ones(len(states), np.int64)
+        new = (
+            np.concatenate([np.zeros(0, np.int64), *(offsets for _, offsets in self._pending)]),
+            ones,
+            ones * (states == ACTIVE),
+            states,
+            states,
+        )
+        self._pending, self._nb_pending = [], 0
+        columns: list[Column] = [np.concatenate((old, more)) for old, more in zip(self._tables, new, strict=True)]
+        if not len(columns[0]):
+            return
+        order = np.argsort(columns[0], kind="stable")
+        offsets, counts, active_counts, firsts, lasts = (column[order] for column in columns)
+        starts = np.flatnonzero(np.concatenate(([True], offsets[1:] != offsets[:-1])))
+        self._tables = L2Tables(
+            offsets[starts],
+            np.add.reduceat(counts, starts),
+            np.add.reduceat(active_counts, starts),
+            np.minimum.reduceat(firsts, starts),
+            np.maximum.reduceat(lasts, starts),
+        )
