@@ -47,6 +47,12 @@ def lock_for_writing(fd: int, filename: str) -> bool:
     return _lock_all(fd, filename, [Permission.CONSISTENT_READ, Permission.WRITE], "stop it first")
 
 
+def lock_for_resizing(fd: int, filename: str) -> bool:
+    """As lock_for_writing, and say that the size changes, as QEMU does for the file of an image that can grow."""
+    used = [Permission.CONSISTENT_READ, Permission.WRITE, Permission.RESIZE]
+    return _lock_all(fd, filename, used, "stop it first")
+
+
 def _lock_all(fd: int, filename: str, used: list[Permission], advice: str) -> bool:
     unshared = [Permission.WRITE, Permission.RESIZE]
     try:

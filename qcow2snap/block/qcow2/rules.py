@@ -123,3 +123,16 @@ BITMAP_TABLE_ENTRY = _corruption(
     "Bitmap table",
     "A bitmap table entry points to a cluster boundary within the file, and its reserved bits are zero.",
 )
+
+REFCOUNT_TABLE = _corruption(
+    "QCOW2-REF-001",
+    "Host cluster management",
+    "The refcount table starts at a cluster boundary, lies within the file, and has at most 8 MiB.",
+)
+REFCOUNT_TABLE_ENTRY = _corruption(
+    "QCOW2-REF-002", "Host cluster management", "An entry of the refcount table points to a cluster boundary."
+)
+REFCOUNT_BLOCK = _corruption("QCOW2-REF-003", "Host cluster management", "A refcount block lies within the file.")
+REFCOUNT_TOO_LOW = _corruption(
+    "QCOW2-REF-004", "Host cluster management", "The refcount of a cluster is not less than the references to it."
+)
