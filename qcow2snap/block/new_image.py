@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
+from qcow2snap.block.file import FileNode
 from qcow2snap.block.graph import OpenOptions, open_image, open_raw
 from qcow2snap.block.node import FileError, ImageInUse
 from qcow2snap.block.output import OutputFile
@@ -45,9 +46,9 @@ def create_image(
     return chosen
 
 
-def image_output(filename: str, options: CreateOptions, *, force: bool) -> OutputFile:
+def image_output(filename: str, options: CreateOptions, *, force: bool, inputs: Sequence[FileNode] = ()) -> OutputFile:
     """Where the image goes. One that somebody has open is not replaced."""
-    output = OutputFile(filename, 0, force=force)
+    output = OutputFile(filename, 0, force=force, inputs=inputs)
     if not output.reads_as_zeros and options.is_preallocated and options.data_file is None:
         raise InvalidOption(f"{filename}: a block device is not preallocated; leave preallocation off")
     if force and os.path.isfile(filename):
@@ -60,7 +61,7 @@ def image_output(filename: str, options: CreateOptions, *, force: bool) -> Outpu
     return output
 
 
-def data_output(filename: str, data_file: str, *, force: bool) -> OutputFile:
+def data_output(filename: str, data_file: str, *, force: bool, inputs: Sequence[FileNode] = ()) -> OutputFile:
     """Where the external data file of an image goes."""
     if data_file.startswith("json:") or "://" in data_file:
         raise InvalidOption(f"data_file={data_file}: only a local file can be made")
@@ -72,7 +73,7 @@ def data_output(filename: str, data_file: str, *, force: bool) -> OutputFile:
         )
     if os.path.realpath(data_file) == os.path.realpath(filename):
         raise InvalidOption(f"data_file={data_file}: is the image itself")
-    return OutputFile(data_file, 0, force=force)
+    return OutputFile(data_file, 0, force=force, inputs=inputs)
 
 
 def _backing_size(filename: str, backing: str, image_format: str | None) -> int:

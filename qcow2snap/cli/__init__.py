@@ -23,7 +23,7 @@ _COMMANDS = {
     "info": "Describe an image: its size, format, features, snapshots and chain.",
     "map": "Show which parts of a disk or snapshot are allocated, and where they lie.",
     "create": "Make an empty qcow2 image.",
-    "extract": "Copy a disk, a snapshot or a VM state to a raw file.",
+    "extract": "Copy a disk, a snapshot or a VM state to a raw file or qcow2 image.",
     "diff": "Show which bytes differ between two snapshots, and how.",
     "digest": "Hash snapshots, and check them against a manifest.",
     "serve": "Export all snapshots over NBD.",

@@ -24,7 +24,7 @@ def command(
     image: str,
     size: int | None,
     image_format: str,
-    wanted: tuple[str, ...],
+    create_options: tuple[str, ...],
     backing: str | None,
     backing_format: str | None,
     unsafe: bool,
@@ -36,7 +36,7 @@ def command(
     The options are those of qemu-img create. Unlike it, this overwrites nothing without --force.
     """
     chosen: dict[str, str] = {}
-    for text in wanted:
+    for text in create_options:
         chosen |= split_options(text)
     stated = chosen.pop("size", None)
     if stated is not None:

@@ -109,10 +109,10 @@ range_options = together(
 )
 
 
-# As of `qemu-img create` and `convert`; the command gets `wanted`, each as it was given.
+# As of `qemu-img create` and `convert`; the command gets `create_options`, each as it was given.
 create_options = click.option(
     "-o",
-    "wanted",
+    "create_options",
     metavar="OPTIONS",
     multiple=True,
     help="NAME=VALUE, more after commas: cluster_size, compat, compression_type, data_file, ...",

@@ -90,7 +90,7 @@ class _SparseCopy:
     def ranges(self, offset: int, length: int, write_zeros: bool, progress: Progress) -> Iterator[Range]:
         """What has to be written, neighbours in one, none over a multiple of BATCH_SIZE: clusters stay whole."""
         gathered: list[Extent] = []
-        for extent in _extents(self._node, offset, length, self._skip_damaged):
+        for extent in extents_of(self._node, offset, length, self._skip_damaged):
             if isinstance(extent, Hole):
                 self.holes.append(extent)
                 progress(extent.length)
@@ -125,7 +125,7 @@ class _SparseCopy:
             buffer = self._thread.buffer = memoryview(bytearray(BATCH_SIZE))
         data = buffer[:length]
         if not (extents and all(_read_verbatim(extent, data[extent.offset - offset :]) for extent in extents)):
-            self.holes += _read(self._node, offset, data, self._skip_damaged)
+            self.holes += read_into(self._node, offset, data, self._skip_damaged)
         else:
             self._node.confirm()
         position = offset - self._base
@@ -204,12 +204,12 @@ def copy_stream(
     """Copy a range of a node in order, zeros and all: for pipes. Holes of damaged parts are written as zeros."""
     holes: list[Hole] = []
     buffer = memoryview(bytearray(_STREAM_SIZE))
-    for extent in _extents(node, offset, length, skip_damaged):
+    for extent in extents_of(node, offset, length, skip_damaged):
         if isinstance(extent, Hole):
             holes.append(extent)
         for start, count in _pieces(extent.offset, extent.length, _STREAM_SIZE):
             if isinstance(extent, Extent) and extent.must_read:
-                holes += _read(node, start, buffer[:count], skip_damaged)
+                holes += read_into(node, start, buffer[:count], skip_damaged)
                 write(buffer[:count])
             else:
                 write(_ZEROS[:count])
@@ -217,7 +217,7 @@ def copy_stream(
     return holes
 
 
-def _extents(node: BlockNode, offset: int, length: int, skip_damaged: bool) -> Iterator[Extent | Hole]:
+def extents_of(node: BlockNode, offset: int, length: int, skip_damaged: bool) -> Iterator[Extent | Hole]:
     return readable_extents(node, offset, length) if skip_damaged else node.block_status(offset, length)
 
 
@@ -230,7 +230,7 @@ def _pieces(offset: int, length: int, size: int) -> Iterator[tuple[int, int]]:
         offset += count
 
 
-def _read(node: BlockNode, offset: int, buffer: memoryview, skip_damaged: bool) -> list[Hole]:
+def read_into(node: BlockNode, offset: int, buffer: memoryview, skip_damaged: bool) -> list[Hole]:
     """Fill the buffer; with `skip_damaged` what cannot be read is zeros, and told."""
     holes: list[Hole] = []
     position, end = offset, offset + len(buffer)

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 
-from tests.benchmarks import diff, extract, fleece, mapping, nbd_many, nbd_read, pairs, startup
+from tests.benchmarks import diff, extract, extract_qcow2, fleece, mapping, nbd_many, nbd_read, pairs, startup
 
 TOPICS = {
     "list": startup,
@@ -17,6 +17,7 @@ TOPICS = {
     "nbd-many": nbd_many,
     "diff": diff,
     "extract": extract,
+    "extract-qcow2": extract_qcow2,
     "fleece": fleece,
 }
 

@@ -20,7 +20,6 @@ import pytest
 from tests.cli.support import complaint, contents, finish, here, raw_output, start
 from tests.conftest import NewImage
 from tests.support import Image, Library, Result
-from tests.support.table import field
 from tests.support.tools import REPOSITORY, TIME_LIMIT, require
 
 Run = Callable[..., Result]
@@ -260,17 +259,6 @@ def test_damage_leaves_nothing(library: Library, run: Run, tmp_path: Path, damag
     assert result.returncode == 1
     assert "QCOW2-" in result.stderr.splitlines()[-1]
     assert contents(tmp_path) == []
-
-
-@pytest.fixture
-def slow_image(new_image: NewImage) -> Image:
-    """A gigabyte that takes a while: all of its clusters are compressed, and all are the same one."""
-    cluster = 2 * MIB
-    image = new_image("1G", cluster_size=cluster).write(0, cluster, compressed=True)
-    l1_table = field(image.path, 40)
-    l2_table = field(image.path, l1_table) & 0x00FF_FFFF_FFFF_FE00
-    entry = field(image.path, l2_table)
-    return image.patch(l2_table, entry.to_bytes(8, "big") * 512)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
