@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
     from qcow2snap.block.qcow2.driver import Qcow2Node
+    from qcow2snap.conformance.usage import ImageUsage
 
 
 def open(  # noqa: A001  # as in tarfile, zipfile and wave
@@ -142,6 +143,12 @@ class Image:
 
         unit = self.node.header.subcluster_size
         return verified(changes, older.node, self.node if newer is None else newer.node, unit)
+
+    def usage(self) -> ImageUsage:
+        """The bytes that the active disk and each snapshot refer to, share, and have alone. Reads the L2 tables."""
+        from qcow2snap.conformance.usage import usage_of
+
+        return usage_of(self.node)
 
     def refresh(self) -> bool:
         """Look for snapshots that were made or deleted since; tells whether there are any. For `force_share`."""

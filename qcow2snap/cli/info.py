@@ -1,9 +1,12 @@
-"""`qcow2snap info`: what `qemu-img info` says, plus sizes of snapshots, features, extensions, chain and sharing."""
+"""`qcow2snap info`: what `qemu-img info` says, plus sizes of snapshots, features, extensions, chain and sharing.
+
+With --usage, the space that the states of the image take, which costs a walk over all L2 tables.
+"""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,23 +14,37 @@ from qcow2snap.block.graph import OpenOptions, backing_chain
 from qcow2snap.block.node import ImageFormatError
 from qcow2snap.block.snapshot_ref import shown
 from qcow2snap.cli import options, text
-from qcow2snap.cli.list import snapshot_json, snapshot_lines
+from qcow2snap.cli.list import snapshot_json, snapshot_lines, usage_columns, usage_json
 from qcow2snap.forensics import describe
+
+if TYPE_CHECKING:
+    from qcow2snap.conformance.usage import ImageUsage
 
 
 @click.command("info")
 @options.image_argument
 @options.json_option
+@options.usage_option
 @options.opening_options
-def command(image: str, as_json: bool, opening: OpenOptions) -> int:
+def command(image: str, as_json: bool, usage: bool, opening: OpenOptions) -> int:
     """Describe IMAGE. Backing and data files need not be there."""
     node = options.open_for(image, opening, with_children=False)
     damages: list[ImageFormatError] = []
+    used: ImageUsage | None = None
+    if usage:
+        from qcow2snap.conformance.usage import usage_of
+
+        used = usage_of(node)
     fields = describe.describe(node, damages)
-    fields["snapshots"] = [snapshot_json(snapshot) for snapshot in node.snapshots()]
+    snapshots = list(node.snapshots())
+    fields["snapshots"] = [snapshot_json(snapshot) for snapshot in snapshots]
     fields["features"] = describe.features(node)
     fields["extensions"] = describe.extensions(node)
     fields["sharing"] = describe.sharing(node)
+    if used is not None:
+        for entry, each in zip(fields["snapshots"], used.snapshots, strict=True):
+            entry |= usage_json(each)
+        fields["usage"] = {"active": usage_json(used.active), "used-by-snapshots": used.by_snapshots}
     links = backing_chain(image, opening)
     fields["backing-chain"] = describe.chain(links)
     if as_json:
@@ -35,7 +52,8 @@ def command(image: str, as_json: bool, opening: OpenOptions) -> int:
 
         print(json.dumps(_printable(fields), indent=4))
     else:
-        print("\n".join(_lines(fields, snapshot_lines(list(node.snapshots())))))
+        lines = _lines(fields, snapshot_lines(snapshots, None if used is None else used.snapshots))
+        print("\n".join(lines + ([] if used is None else _usage_lines(used))))
     for link in links:
         if link.node is not None:
             link.node.close()
@@ -94,6 +112,12 @@ def _lines(fields: dict[str, Any], snapshots: list[str]) -> list[str]:
             name = shown(f'"{state["name"]}" (id {state["id"]})') if "id" in state else "active disk"
             lines.append(f"    {name}: {state['l2-tables-exclusive']} of {state['l2-tables']}")
     return lines
+
+
+def _usage_lines(usage: ImageUsage) -> list[str]:
+    """What the table of snapshots has no row for."""
+    active = ", ".join(f"{name.lower()} {size}" for name, (size,) in usage_columns([usage.active]).items())
+    return ["Usage:", f"    active disk: {active}", f"    used by snapshots: {text.size(usage.by_snapshots)}"]
 
 
 def _tree(value: dict[str, Any], depth: int) -> list[str]:

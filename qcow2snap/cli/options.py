@@ -53,6 +53,14 @@ def force_share_option(function: F) -> F:
     )(function)
 
 
+def usage_option(function: F) -> F:
+    return click.option(
+        "--usage",
+        is_flag=True,
+        help="Also the space of each snapshot: alone (USED), in all (REFER), with others (SHARED).",
+    )(function)
+
+
 def opening_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """How images are opened; the command gets them as one argument, `opening`."""
 

@@ -99,8 +99,8 @@ def survives(library: Library, seed: str, changes: list[Change], cut: int) -> No
         if cut < 100:
             with image.open("r+b") as opened:
                 opened.truncate(image.stat().st_size * cut // 100)
-        for command in ("list", "info", "map"):
-            assert judge.cli(command, image).returncode in (0, 1)
+        for command in ("list", "info", "map", "list --usage"):
+            assert judge.cli(*command.split(), image).returncode in (0, 1)
         read_all(image)
 
 
