@@ -171,15 +171,15 @@ class CopyBeforeWriteNode(BlockNode, SnapshotAccess):
         self.file.prefetch(offset, length)
 
     def pwritev(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        self._before_write(offset, sum(map(len, buffers)))
+        self.before_write(offset, sum(map(len, buffers)))
         self.file.pwritev(offset, buffers)
 
     def pwrite_zeroes(self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False) -> None:
-        self._before_write(offset, length)
+        self.before_write(offset, length)
         self.file.pwrite_zeroes(offset, length, may_unmap=may_unmap, no_fallback=no_fallback)
 
     def pdiscard(self, offset: int, length: int) -> None:
-        self._before_write(offset, length)
+        self.before_write(offset, length)
         self.file.pdiscard(offset, length)
 
     def flush(self) -> None:
@@ -304,7 +304,7 @@ class CopyBeforeWriteNode(BlockNode, SnapshotAccess):
 
     # Between the two: copying.
 
-    def _before_write(self, offset: int, length: int) -> None:
+    def before_write(self, offset: int, length: int) -> None:
         """Return when a range of the disk may be changed."""
         self.check_range(offset, length)
         if not length or self._broken is not None:

@@ -50,17 +50,20 @@ class FileNode(BlockNode):
                 kind = "a directory" if stat.S_ISDIR(status.st_mode) else "no regular file or block device"
                 raise FileError(f"{filename}: is {kind}; give a disk image")
             self.size = self.current_size()
-            self.stable = self._lock(locking)
-            # What others write past the page cache, asynchronously, does not show in a block device's: it is dropped
-            # before each read. So nobody may read past this node, and no extent shows its file. Where we write, nobody
-            # else does.
-            self.drops_cache = self.is_block_device and self.read_only and not self.stable
+            self.set_stable(self._lock(locking))
         except OSError as error:
             os.close(self._fd)
             raise file_error(filename, error) from None
         except BaseException:
             os.close(self._fd)
             raise
+
+    def set_stable(self, stable: bool) -> None:
+        """Whether nobody can write the file from now on."""
+        self.stable = stable
+        # What others write past the page cache, asynchronously, does not show in a block device's: it is dropped before
+        # each read. So nobody may read past this node, and no extent shows its file. Where we write, nobody else does.
+        self.drops_cache = self.is_block_device and self.read_only and not stable
 
     def _lock(self, locking: Locking) -> bool:
         """Whether the file cannot change while it is open."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from qcow2snap.block.copy_before_write import CopyBeforeWriteNode
 from qcow2snap.block.file import FileNode, Locking, file_error
-from qcow2snap.block.graph import open_raw, probe
+from qcow2snap.block.graph import files_of, open_raw, probe
 from qcow2snap.block.node import BlockNode, FileError, UnsupportedFeature
 from qcow2snap.block.raw import RawNode
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
@@ -64,7 +64,7 @@ def open_disk(filename: str, *, raw: bool = False) -> RawNode:
 def _check_are_two(disk: BlockNode, target: str) -> None:
     with suppress(OSError, ValueError):
         status = os.stat(target)
-        if isinstance(disk, RawNode) and disk.file.identity == (status.st_dev, status.st_ino):
+        if any(file.identity == (status.st_dev, status.st_ino) for file in files_of(disk)):
             raise FileError(f"{target}: is the disk itself; the target has to be another file")
 
 

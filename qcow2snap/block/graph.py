@@ -7,10 +7,11 @@ bounded, and loops refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qcow2snap.block.file import FileNode, Locking
+from qcow2snap.block.keyval import nested
 from qcow2snap.block.node import BlockNode, ImageFormatError, Qcow2SnapError, ReferenceRefused, UnsupportedFeature
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.driver import CLUSTER_CACHE_SIZE, TABLE_CACHE_SIZE, Qcow2Node
@@ -51,6 +52,20 @@ def open_image(filename: str, options: OpenOptions = OpenOptions(), *, with_chil
     return _Opener(filename, options, with_children).qcow2(filename)
 
 
+def open_image_in(
+    file: FileNode,
+    options: OpenOptions = OpenOptions(),  # noqa: B008
+    children: Mapping[str, BlockNode | None] | None = None,
+) -> Qcow2Node:
+    """The qcow2 image in a file that is open. `children` take the place of what it names as `backing` and `data-file`.
+
+    The node owns what it opened itself: neither the file nor those children.
+    """
+    opener = _Opener(file.filename, options, with_children=True)
+    given = children or {}
+    return opener.qcow2_in(file, children=given, borrowed=[file, *(node for node in given.values() if node)])
+
+
 def open_raw(filename: str, options: OpenOptions = OpenOptions(), *, writable: bool = False) -> RawNode:  # noqa: B008
     """Open a raw image that the user names as one: what it holds is not looked at. close() of the node closes it."""
     if writable:
@@ -83,7 +98,7 @@ def files_of(node: BlockNode | None) -> list[FileNode]:
     """All files of the host that a graph reads."""
     if isinstance(node, Qcow2Node):
         return [node.file, *([node.data_file] if node.data_file else []), *files_of(node.backing)]
-    return [node.file] if isinstance(node, RawNode) else []
+    return [node.file] if isinstance(node, RawNode) and isinstance(node.file, FileNode) else []
 
 
 def probe(file: FileNode) -> str:
@@ -124,7 +139,17 @@ class _Opener:
     def qcow2(self, filename: str, *, children: Mapping[str, Any] | None = None) -> Qcow2Node:
         """A qcow2 image by the path to open. `children` overrides what the image says of `backing` and `data-file`."""
         file = self._file(filename)
-        nodes: list[BlockNode] = [file]
+        try:
+            return self.qcow2_in(file, children=children)
+        except BaseException:
+            file.close()
+            raise
+
+    def qcow2_in(
+        self, file: FileNode, *, children: Mapping[str, Any] | None = None, borrowed: Collection[BlockNode] = ()
+    ) -> Qcow2Node:
+        """As qcow2(), of an image whose file is open, and stays so on failure. Those `borrowed` are never closed."""
+        nodes: list[BlockNode] = []
         try:
             self._enter(file)
             try:
@@ -145,10 +170,12 @@ class _Opener:
                 has_children=self._with_children,
                 table_cache_size=self._options.table_cache_size,
                 cluster_cache_size=self._options.cluster_cache_size,
+                borrowed=borrowed,
             )
         except BaseException:
             for node in nodes:
-                node.close()
+                if node not in borrowed:
+                    node.close()
             raise
 
     def _file(self, filename: str) -> FileNode:
@@ -170,8 +197,8 @@ class _Opener:
             return None
         override = children.get("data-file")
         if override is not None:
-            node = self._from_options(override, file.filename)
-            if isinstance(node, RawNode):
+            node = override if isinstance(override, BlockNode) else self._from_options(override, file.filename)
+            if isinstance(node, RawNode) and isinstance(node.file, FileNode):
                 return node.file
             if isinstance(node, FileNode):
                 return node
@@ -190,7 +217,9 @@ class _Opener:
         """The backing node of the image in `file`, if it has one."""
         if "backing" in children:
             override = children["backing"]
-            return None if override is None else self._from_options(override, file.filename)
+            if override is None or isinstance(override, BlockNode):
+                return override
+            return self._from_options(override, file.filename)
         if not reference:
             return None
         if reference.startswith("json:"):
@@ -214,7 +243,7 @@ class _Opener:
             file = self._file(path)
             try:
                 self._enter(file)
-                return RawNode(file, **_raw_options(children or {}, path))
+                return _raw(file, children or {})
             except BaseException:
                 file.close()
                 raise
@@ -224,7 +253,7 @@ class _Opener:
         """A node from blockdev options that stand in an image, as json: names and their parts do."""
         if isinstance(options, str):
             raise UnsupportedFeature(f"{referrer}: refers to the node {options!r}; there are no named nodes here")
-        options = _nested(options)
+        options = nested(options)
         driver = options.get("driver")
         if "filename" in options and "file" not in options:  # a protocol node
             if driver not in (None, "file", "host_device"):
@@ -233,8 +262,8 @@ class _Opener:
         below = options.get("file")
         if driver not in (None, *_FORMATS) or not isinstance(below, (dict, str)):
             raise UnsupportedFeature(f"{referrer}: refers to {options}, which this program cannot open")
-        filename = below if isinstance(below, str) else _nested(below).get("filename")
-        protocol = None if isinstance(below, str) else _nested(below).get("driver")
+        filename = below if isinstance(below, str) else nested(below).get("filename")
+        protocol = None if isinstance(below, str) else nested(below).get("driver")
         if not isinstance(filename, str) or protocol not in (None, "file", "host_device"):
             raise ReferenceRefused(f"{referrer}: refers to {options}; only local files are followed")
         return self._image(self._policy.resolve(filename, referrer), driver, options)
@@ -243,12 +272,14 @@ class _Opener:
 _FORMATS = ("qcow2", "raw")
 
 
-def _raw_options(options: Mapping[str, Any], filename: str) -> dict[str, int]:
-    """offset and size of QEMU's raw driver."""
+def _raw(file: FileNode, options: Mapping[str, Any]) -> RawNode:
+    """A raw node, with offset and size as an image states them for its backing file."""
     try:
-        return {key: int(options[key]) for key in ("offset", "size") if options.get(key) is not None}
+        offset = int(options.get("offset") or 0)
+        size = None if options.get("size") is None else int(options["size"])
     except (TypeError, ValueError):
-        raise UnsupportedFeature(f"{filename}: offset and size of a raw node must be numbers of bytes") from None
+        raise UnsupportedFeature(f"{file.filename}: offset and size of a raw node must be numbers of bytes") from None
+    return RawNode(file, offset=offset, size=size)
 
 
 def _json_options(reference: str, referrer: str) -> Options:
@@ -259,18 +290,6 @@ def _json_options(reference: str, referrer: str) -> Options:
     if not isinstance(options, dict):
         raise UnsupportedFeature(f"{referrer}: its reference {reference[:80]!r} is not a JSON object")
     return options
-
-
-def _nested(options: Mapping[str, Any]) -> Options:
-    """Blockdev options with dotted keys (`file.filename`) as nested ones."""
-    result: Options = {}
-    for key, value in options.items():
-        first, dot, rest = key.partition(".")
-        if not dot:
-            result[key] = value
-        elif isinstance(result.setdefault(first, {}), dict):
-            result[first][rest] = value
-    return result
 
 
 def _explained(error: Qcow2SnapError, file: FileNode) -> Qcow2SnapError:

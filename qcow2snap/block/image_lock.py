@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Iterable
 from enum import IntEnum
 
 from qcow2snap.block.node import ImageInUse
@@ -82,3 +83,54 @@ def _lock(fd: int, byte: int) -> None:
 def _is_locked(fd: int, byte: int) -> bool:
     answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+class ImageLock:
+    """The locks on one open file, as many as its users need at a time (QEMU raw_handle_perm_lock).
+
+    threads  one at a time
+    owns     nothing: the locks end with the descriptor
+    """
+
+    def __init__(self, fd: int, filename: str) -> None:
+        self._fd = fd
+        self._filename = filename
+        self._bytes: set[int] = set()
+
+    def update(self, used: Iterable[Permission], unshared: Iterable[Permission]) -> bool:
+        """Say what we do from now on, and what others must not. ImageInUse, and nothing is changed, if others object.
+
+        Returns False where the file system has no such locks.
+        """
+        wanted = {_USED_BASE + p for p in used} | {_UNSHARED_BASE + p for p in unshared}
+        try:
+            for byte in wanted - self._bytes:
+                _lock(self._fd, byte)
+            for byte in sorted(wanted):
+                opposite = (
+                    byte - _USED_BASE + _UNSHARED_BASE if byte < _UNSHARED_BASE else byte - _UNSHARED_BASE + _USED_BASE
+                )
+                if _is_locked(self._fd, opposite):
+                    raise self._in_use(byte)
+        except OSError as error:
+            self._unlock(wanted - self._bytes)
+            if error.errno in (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                return False
+            raise ImageInUse(f"{self._filename}: cannot be locked: {os.strerror(error.errno or errno.EIO)}") from None
+        except ImageInUse:
+            self._unlock(wanted - self._bytes)
+            raise
+        self._unlock(self._bytes - wanted)
+        self._bytes = wanted
+        return True
+
+    def _in_use(self, byte: int) -> ImageInUse:
+        shared = "shared " if byte >= _UNSHARED_BASE else ""
+        name = Permission(byte % 100).name.lower().replace("_", " ")
+        return ImageInUse(
+            f'Failed to get {shared}"{name}" lock: {self._filename} is used by another process, or by another node'
+        )
+
+    def _unlock(self, bytes_: Iterable[int]) -> None:
+        for byte in bytes_:
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, byte, 1, 0))

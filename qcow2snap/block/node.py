@@ -338,6 +338,22 @@ class NotSupported(Qcow2SnapError):
     """The node cannot do what is asked in the way that is asked."""
 
 
+class InvalidOption(Qcow2SnapError):
+    """An option that there is not, that has no such value, or that does not go with others."""
+
+
+class NodeNotFound(Qcow2SnapError):
+    """No node of the graph has that name."""
+
+
+class NodeInUse(Qcow2SnapError):
+    """A node that others use cannot be deleted."""
+
+
+class PermissionConflict(Qcow2SnapError):
+    """What one user of a node would do, another one does not share."""
+
+
 class OutOfRange(Qcow2SnapError):
     """A request reaches beyond the end of a node."""
 

@@ -1,10 +1,9 @@
-"""The raw format: a node that shows a stretch of its file as it is (QEMU block/raw-format.c). Owns its file."""
+"""The raw format: a node that shows a stretch of its file as it is (QEMU block/raw-format.c)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from qcow2snap.block.file import FileNode
 from qcow2snap.block.node import BlockNode, Buffer, Extent, OutOfRange
 
 
@@ -14,20 +13,36 @@ class RawNode(BlockNode):
     size     bytes
     threads  any
     errors   OutOfRange if the file does not hold that stretch; FileError when read
-    owns     file
+    owns     file, unless it was told otherwise
     """
 
-    def __init__(self, file: FileNode, *, offset: int = 0, size: int | None = None) -> None:
-        self.file = file
-        self.read_only = file.read_only
+    def __init__(self, file: BlockNode, *, offset: int = 0, size: int | None = None, owns_file: bool = True) -> None:
         self._offset = offset
+        self._owns_file = owns_file
         self.size = file.size - offset if size is None else size
         if offset < 0 or self.size < 0 or offset + self.size > file.size:
-            raise OutOfRange(f"{file.filename}: has {file.size} bytes, fewer than offset {offset} and size {size} ask")
+            name = getattr(file, "filename", "the node below")
+            raise OutOfRange(f"{name}: has {file.size} bytes, fewer than offset {offset} and size {size} ask")
+        self.set_file(file)
+
+    def set_file(self, file: BlockNode) -> None:
+        """Have another node below, as large as the first. While no request is under way."""
+        self.file = file
+        self.read_only = file.read_only
+        self.nb_backing = file.nb_backing
+        self.must_confirm = file.must_confirm
+        self.status_may_change = file.status_may_change
 
     def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self.check_range(offset, sum(map(len, buffers)))
         self.file.preadv(self._offset + offset, buffers)
+
+    def preadv_unconfirmed(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self.check_range(offset, sum(map(len, buffers)))
+        self.file.preadv_unconfirmed(self._offset + offset, buffers)
+
+    def confirm(self) -> None:
+        self.file.confirm()
 
     def prefetch(self, offset: int, length: int) -> None:
         self.file.prefetch(self._offset + offset, length)
@@ -53,4 +68,5 @@ class RawNode(BlockNode):
         self.file.flush()
 
     def close(self) -> None:
-        self.file.close()
+        if self._owns_file:
+            self.file.close()

@@ -34,12 +34,13 @@ class WritableFileNode(FileNode):
     read_only = False
     _ACCESS = os.O_RDWR
 
-    def __init__(self, filename: str) -> None:
+    def __init__(self, filename: str, *, locking: Locking = Locking.DATA) -> None:
         self._lost = False  # a write that was acknowledged never reached the disk
-        super().__init__(filename)
+        super().__init__(filename, locking=locking)
 
     def _lock(self, locking: Locking) -> bool:
-        lock_for_writing(self._fd, self.filename)
+        if locking is not Locking.NONE:
+            lock_for_writing(self._fd, self.filename)
         return False
 
     def pwritev(self, offset: int, buffers: Sequence[Buffer]) -> None:

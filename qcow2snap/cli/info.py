@@ -14,8 +14,9 @@ from qcow2snap.block.graph import OpenOptions, backing_chain
 from qcow2snap.block.node import ImageFormatError
 from qcow2snap.block.snapshot_ref import shown
 from qcow2snap.cli import options, text
-from qcow2snap.cli.list import snapshot_json, snapshot_lines, usage_columns, usage_json
+from qcow2snap.cli.list import snapshot_lines, usage_columns, usage_json
 from qcow2snap.forensics import describe
+from qcow2snap.forensics.listing import snapshot_json
 
 if TYPE_CHECKING:
     from qcow2snap.conformance.usage import ImageUsage

@@ -14,26 +14,10 @@ from qcow2snap.block.graph import OpenOptions
 from qcow2snap.block.node import SnapshotInfo
 from qcow2snap.block.snapshot_ref import shown
 from qcow2snap.cli import options, text
+from qcow2snap.forensics.listing import snapshot_json
 
 if TYPE_CHECKING:
     from qcow2snap.conformance.usage import Usage
-
-
-def snapshot_json(snapshot: SnapshotInfo) -> dict[str, object]:
-    """A snapshot with qemu-img's field names, and its own disk size."""
-    fields: dict[str, object] = {
-        "id": text.json_text(snapshot.id),
-        "name": text.json_text(snapshot.name),
-        "vm-state-size": snapshot.vm_state_size,
-        "disk-size": snapshot.size,
-        "date-sec": snapshot.date_sec,
-        "date-nsec": snapshot.date_nsec,
-        "vm-clock-sec": snapshot.vm_clock_nsec // 1_000_000_000,
-        "vm-clock-nsec": snapshot.vm_clock_nsec % 1_000_000_000,
-    }
-    if snapshot.icount is not None:
-        fields["icount"] = snapshot.icount
-    return fields
 
 
 def usage_json(usage: Usage | None) -> dict[str, int | None]:

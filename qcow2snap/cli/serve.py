@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import click
 
-from qcow2snap.block.graph import OpenOptions, open_raw
+from qcow2snap.block.graph import OpenOptions, files_of, open_raw
 from qcow2snap.block.node import SnapshotAccess
 from qcow2snap.block.qcow2.driver import Qcow2Node
 from qcow2snap.block.raw import RawNode
@@ -163,7 +163,7 @@ def _open(
             nodes.callback(node.close)
             parts.append((prefix, exports_of(node, snapshot=snapshot, active=active)))
             snapshots = tuple(node.snapshots()) if isinstance(node, SnapshotAccess) else ()
-            state.append((node.file.identity, node.size, snapshots))
+            state.append((files_of(node)[0].identity, node.size, snapshots))
         exports = parts[0][1] if parts[0][0] == "" else joined(parts)
         return Offer(exports, nodes.pop_all().close, state)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 
+from qcow2snap.forensics.listing import json_text as json_text
+
 
 def size(nbytes: int) -> str:
     """As QEMU writes sizes: three digits and a binary unit."""
@@ -50,8 +52,3 @@ def json_array(objects: Iterable[str]) -> Iterator[str]:
         yield f"{separator}{each}"
         separator = ",\n"
     yield "[]\n" if separator == "[" else "]\n"
-
-
-def json_text(text: str) -> str:
-    """A name for JSON, which can hold all but bytes that are not UTF-8: these escaped as \\xNN."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -64,7 +64,12 @@ class Connection:
         try:
             if agreement_and_unused := self._negotiate():
                 self.has_chosen = True
-                self._transmit(*agreement_and_unused)
+                clients = agreement_and_unused[0].export.clients
+                if clients.enter(self):
+                    try:
+                        self._transmit(*agreement_and_unused)
+                    finally:
+                        clients.leave(self)
         except (NBDError, CutOff) as error:
             logger.warning("%s: cut off: %s", self._peer, error)
         except TimeoutError:

@@ -86,8 +86,13 @@ class Contexts:
         node: BlockNode,
         snapshots: SnapshotNames | None = None,
         bitmaps: Mapping[str, FrozenBitmap] = MappingProxyType({}),
+        dirty_bitmaps: Sequence[str] | None = None,
     ) -> None:
-        """`bitmaps`: further contexts of the kind of qemu:dirty-bitmap, by their whole names."""
+        """`bitmaps`: further contexts of the kind of qemu:dirty-bitmap, by their whole names.
+
+        `dirty_bitmaps`: the names of those of the node that are to be known; None: all.
+        """
+        self._shown = dirty_bitmaps
         self._frozen = {name: _frozen(name, bitmap) for name, bitmap in bitmaps.items()}
         self._tracking = node if isinstance(node, ChangeTracking) else None
         self._snapshots = snapshots if snapshots is not None and self._tracking is not None else SnapshotNames(())
@@ -142,14 +147,15 @@ class Contexts:
 
     def _bitmaps(self) -> Sequence[str]:
         try:
-            return () if self._tracking is None else self._tracking.dirty_bitmaps()
+            known = () if self._tracking is None else self._tracking.dirty_bitmaps()
+            return [name for name in known if self._shown is None or name in self._shown]
         except Qcow2SnapError as error:  # the disk can be read all the same
             logger.warning("dirty bitmaps are not offered: %s", error)
             return ()
 
     def _dirty_bitmap(self, name: str) -> MetaContext | None:
         """The context of a bitmap that can be read. The log says why one cannot; the protocol has no words for it."""
-        if self._tracking is None:
+        if self._tracking is None or (self._shown is not None and name not in self._shown):
             return None
         try:
             self._tracking.dirty_extents(name, 0, 0)

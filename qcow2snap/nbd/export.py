@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
+from typing import Protocol
 
 from qcow2snap.block.frozen_bitmap import FrozenBitmap
 from qcow2snap.block.node import BlockNode, NBDError, SnapshotAccess, SnapshotInfo, SnapshotNotFound
@@ -18,6 +20,56 @@ from qcow2snap.nbd.names import VM_STATE_PREFIX, SnapshotNames
 from qcow2snap.nbd.strings import is_string
 
 logger = logging.getLogger(__name__)
+
+
+class Client(Protocol):
+    """A connection, as far as an export has to do with it."""
+
+    def cut_off(self) -> None: ...
+
+
+class Clients:
+    """The connections that use an export. Any thread may call anything here."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._clients: set[Client] = set()
+        self._closed = False
+        self._when_gone: Callable[[], None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    def enter(self, client: Client) -> bool:
+        """False if the export is there for nobody any more."""
+        with self._lock:
+            if not self._closed:
+                self._clients.add(client)
+            return not self._closed
+
+    def leave(self, client: Client) -> None:
+        with self._lock:
+            self._clients.discard(client)
+            gone = self._when_gone if not self._clients else None
+        if gone is not None:
+            gone()
+
+    def close(self, *, only_if_unused: bool = False, when_gone: Callable[[], None] | None = None) -> bool:
+        """Let nobody in any more, and cut off who is. `when_gone` is called by the last one to leave, or now.
+
+        False, and all is as it was, if it is used and is to be closed `only_if_unused`.
+        """
+        with self._lock:
+            if only_if_unused and self._clients:
+                return False
+            self._closed = True
+            left = [*self._clients]
+            self._when_gone = when_gone
+        for client in left:
+            client.cut_off()
+        if not left and when_gone is not None:
+            when_gone()
+        return True
 
 
 @dataclass(frozen=True)
@@ -37,6 +89,8 @@ class Export:
     snapshots: SnapshotNames | None = None  # with which the node can be compared
     may_trim: bool = False  # a read-only node: the reader may say what it needs no more
     bitmaps: Mapping[str, FrozenBitmap] = field(default_factory=dict)  # shown as well, by the names of contexts
+    dirty_bitmaps: Sequence[str] | None = None  # those of the node that are shown; None: all
+    clients: Clients = field(default_factory=Clients, compare=False)
 
     @cached_property
     def node(self) -> BlockNode:
@@ -45,7 +99,7 @@ class Export:
     @cached_property
     def contexts(self) -> Contexts:
         """What can be told of the node in BLOCK_STATUS."""
-        return Contexts(self.node, self.snapshots, self.bitmaps)
+        return Contexts(self.node, self.snapshots, self.bitmaps, self.dirty_bitmaps)
 
     @cached_property
     def file_map(self) -> FileMap:
@@ -83,6 +137,24 @@ class Exports:
                 yield replace(export, name=own[0]), own
             else:
                 logger.warning("%a under %a is too long for a name: not exported", export.name, prefix)
+
+
+class LiveExports(Exports):
+    """Exports that come and go while clients look; those who use one that goes have to be seen to by its `clients`.
+
+    threads  add() and remove() from one, all else from any
+    """
+
+    def __init__(self) -> None:
+        super().__init__(())
+
+    def add(self, export: Export) -> None:
+        self._by_name = self._by_name | {export.name: export}
+        self._listed = (*self._listed, export)
+
+    def remove(self, export: Export) -> None:
+        self._listed = tuple(each for each in self._listed if each is not export)
+        self._by_name = {each.name: each for each in self._listed}
 
 
 def exports_of(image: BlockNode, *, snapshot: str | None = None, active: bool = True) -> Exports:

@@ -191,11 +191,14 @@ class Server:
         secure: Secure | None = None,
         workers: int = 0,
         once: bool = False,
+        lets_wait: bool = False,
         close: Callable[[], None] = lambda: None,
     ) -> None:
         """With two `workers` or more they are processes, and this process must have no other threads.
 
         `secure` is what tls.Credentials.read gives; it has to be there unless `tls` is off.
+
+        `lets_wait`: where there are `max_connections`, who comes has to wait, and is not refused.
 
         `once`: stop when the first clients that chose an export have left, and nobody else is there.
         """
@@ -204,6 +207,7 @@ class Server:
         self._max_connections = max_connections
         self._workers = workers
         self._once = once
+        self._lets_wait = lets_wait
         self._stopping = threading.Event()
         self._chosen = False
         self._pause_until = 0.0
@@ -333,7 +337,7 @@ class Server:
         pause = self._pause_until - time.monotonic()
         if pause > 0:
             timeouts.append(pause)
-        elif self._crews[-1].is_ready():
+        elif self._crews[-1].is_ready() and not (self._lets_wait and self._connections() >= self._max_connections):
             watched |= {each.socket.fileno(): partial(self._accept, each) for each in self.listeners}
         poll = select.poll()
         for descriptor in watched:

@@ -5,7 +5,7 @@ Importing this and reading header and snapshot table stays cheap; numpy and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -54,7 +54,7 @@ class Qcow2Node(BlockNode, SnapshotAccess, ChangeTracking):
              is no error but `snapshot_table.damage`
     in use   where `file` is not stable, snapshots are read as in_use says: right, or SnapshotGone. refresh() finds new
              ones. The active disk may be changing, and is read as it happens to be
-    owns     file, data_file and backing: they are closed with it
+    owns     file, data_file and backing, but for those `borrowed`: they are closed with it
     source   QEMU block/qcow2.c; snapshots: qcow2-snapshot.c, which gives them the size of the active disk
     """
 
@@ -68,6 +68,7 @@ class Qcow2Node(BlockNode, SnapshotAccess, ChangeTracking):
         has_children: bool = True,
         table_cache_size: int = TABLE_CACHE_SIZE,
         cluster_cache_size: int = CLUSTER_CACHE_SIZE,
+        borrowed: Collection[BlockNode] = (),
     ) -> None:
         self.file = file
         self.header = header
@@ -76,6 +77,7 @@ class Qcow2Node(BlockNode, SnapshotAccess, ChangeTracking):
         self.backing = backing
         self.nb_backing = 0 if backing is None else backing.nb_backing + 1
         self._has_children = has_children
+        self._borrowed = tuple(borrowed)
         self._table_cache_size = table_cache_size
         self._cluster_cache_size = cluster_cache_size
         self._comparisons: BoundedCache[tuple[SnapshotInfo | None, ...], Comparison] = BoundedCache(L1_CACHE_SIZE)
@@ -127,7 +129,7 @@ class Qcow2Node(BlockNode, SnapshotAccess, ChangeTracking):
         for image in list(self._images):
             image.compressed.close()
         for node in (self.backing, self.data_file, self.file):
-            if node is not None:
+            if node is not None and node not in self._borrowed:
                 node.close()
 
     # -- SnapshotAccess -----------------------------------------------------------------------------------------------

@@ -1,0 +1,464 @@
+"""A graph of named nodes: blockdev options make them, parents keep them, permissions hold them apart (QEMU block.c).
+
+What each driver does with its options is in `drivers`; who asks for all this, and in which protocol, is not known here.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import permutations
+from typing import TYPE_CHECKING, Any
+
+from qcow2snap.block.backend import BlockBackend
+from qcow2snap.block.before_write import BeforeWriteNode
+from qcow2snap.block.copy_before_write import CopyBeforeWriteNode
+from qcow2snap.block.file import FileNode
+from qcow2snap.block.image_lock import ImageLock, Permission
+from qcow2snap.block.node import (
+    BlockNode,
+    InvalidOption,
+    NodeInUse,
+    NodeNotFound,
+    NotSupported,
+    PermissionConflict,
+    Qcow2SnapError,
+    ReadOnly,
+)
+from qcow2snap.block.permissions import ALL, Perm, Use, combined, names
+
+if TYPE_CHECKING:
+    from qcow2snap.block.drivers import Driver
+
+MAX_NODES = 1 << 10
+MAX_NAME = 31  # characters of a node's name
+DRAIN_TIMEOUT = 60.0  # seconds that requests under way get before a change of the graph is given up
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
+_CBW = "copy-before-write"
+
+
+class Edge:
+    """One parent's use of one child (QEMU's BdrvChild). `parent` is None for a user from outside: that is a root."""
+
+    def __init__(self, parent: NamedNode | None, name: str, child: NamedNode, use: Use | None = None) -> None:
+        self.parent = parent
+        self.name = name
+        self.child = child
+        self.use = use or Use()
+
+    def __str__(self) -> str:
+        who = "an unnamed block device" if self.parent is None else f"node '{self.parent.name}'"
+        return f"{who} (uses node '{self.child.name}' as '{self.name}' child)"
+
+
+class NamedNode:
+    """A node of the graph, and what it was made from.
+
+    read_only  was asked for; the node may be so without that
+    is_owned   it was added by itself, and has to be deleted; otherwise it goes with its last parent
+    lock       QEMU's image lock, where the node is a file that has it
+    """
+
+    node: BlockNode
+
+    def __init__(self, name: str, driver: Driver, options: Mapping[str, Any], *, is_owned: bool) -> None:
+        self.name = name
+        self.driver = driver
+        self.options = dict(options)
+        self.read_only = bool(options.get("read-only", False))
+        self.is_owned = is_owned
+        self.children: dict[str, Edge] = {}
+        self.parents: list[Edge] = []
+        self.lock: ImageLock | None = None
+        self._route: tuple[tuple[CopyBeforeWriteNode, ...], BeforeWriteNode] | None = None
+
+    @property
+    def uses(self) -> Use:
+        """What all parents together do with it, and let others do."""
+        return combined([edge.use for edge in self.parents])
+
+    @property
+    def route(self) -> BlockNode:
+        """What its parents are to call: the node, or what tells its copy-before-write filters first."""
+        filters = [edge.parent.node for edge in self.parents if _is_filter(edge) and edge.parent]
+        if self.node.read_only or not filters or len(self.parents) == 1:
+            return self.node
+        key = tuple(each for each in filters if isinstance(each, CopyBeforeWriteNode))
+        if self._route is None or self._route[0] != key:
+            self._route = key, BeforeWriteNode(self.node, key)
+        return self._route[1]
+
+    def below(self) -> Iterator[NamedNode]:
+        """This, and all that is below it; what can be reached in two ways comes twice."""
+        yield self
+        for edge in self.children.values():
+            yield from edge.child.below()
+
+    def line(self) -> Iterator[NamedNode]:
+        """This, and what its requests pass on their way down to the file."""
+        yield self
+        below = self.children.get("file")
+        if below is not None:
+            yield from below.child.line()
+
+
+class Root:
+    """A user's hold on a node: an export has one. Given back by Graph.release().
+
+    node  to be read and written: a BlockBackend, unless nothing can ever be exchanged below it
+    """
+
+    def __init__(self, edge: Edge, node: BlockNode) -> None:
+        self.edge = edge
+        self.node = node
+
+
+class Graph:
+    """All named nodes.
+
+    threads  one at a time, and none that has a request under way in a node of the graph
+    errors   Qcow2SnapError, in QEMU's words where it has them; what failed has changed nothing
+    owns     all its nodes: close() it when no user is left
+    """
+
+    def __init__(self, drivers: Mapping[str, Driver]) -> None:
+        self._drivers = drivers
+        self._nodes: dict[str, NamedNode] = {}
+        self._roots: list[Root] = []
+        self._anonymous = 0
+
+    def __iter__(self) -> Iterator[NamedNode]:
+        """The newest first, as QEMU lists them."""
+        return iter([*reversed(self._nodes.values())])
+
+    def get(self, name: str, *, device: str = "") -> NamedNode:
+        """`device` is the name as well, where QEMU's command or option takes one of either."""
+        found = self._nodes.get(name)
+        if found is None:
+            raise NodeNotFound(f"Cannot find device='{device}' nor node-name='{name}'")
+        return found
+
+    def add(self, options: Mapping[str, Any]) -> NamedNode:
+        """A node by options that `blockdev.read_options` gave. A snapshot of copy-before-write begins now."""
+        if "node-name" not in options:
+            raise InvalidOption("'node-name' must be specified for the root node")
+        # With no request under way, there is no write that could be half in the snapshot.
+        with self._drained() if options["driver"] == _CBW else nullcontext(), ExitStack() as undo:
+            added = self._open(options, undo, is_owned=True)
+            self._reroute()
+            undo.pop_all()
+            return added
+
+    def delete(self, name: str) -> None:
+        found = self._nodes.get(name)
+        if found is None:
+            raise NodeNotFound(f"Failed to find node with node-name='{name}'")
+        if any(edge.parent is not None for edge in found.parents):
+            raise NodeInUse(f"Block device {name} is in use")
+        if found.parents or not found.is_owned:
+            raise NodeInUse(f"Node {name} is in use")
+        with self._drained():
+            found.is_owned = False
+            self._drop_unused(found)
+            self._reroute()
+
+    def reopen(self, all_options: Sequence[Mapping[str, Any]]) -> None:
+        """Change options of nodes, all of them or none: the child `file` of a raw or copy-before-write node.
+
+        Requests wait meanwhile, and go by the new child after it.
+        """
+        with self._drained(), ExitStack() as undo:
+            left: list[NamedNode] = []
+            for options in all_options:
+                left += self._reopen(options, undo)
+            self._reroute()
+            undo.pop_all()
+            for each in left:
+                self._drop_unused(each)
+
+    def replace_child(self, parent: str, child: str, new: str) -> None:
+        """Have another node in the place of a child of a node."""
+        found = self._nodes.get(parent)
+        if found is None:
+            raise NodeNotFound(f"Failed to find node with node-name='{parent}'")
+        if child not in found.children:
+            raise NodeNotFound(f"Node '{parent}' has no child named '{child}'")
+        with self._drained(), ExitStack() as undo:
+            old = self._exchange(found, child, self.get(new), undo)
+            self._reroute()
+            undo.pop_all()
+            self._drop_unused(old)
+
+    def attach(self, name: str, *, writable: bool) -> Root:
+        """A hold on a node for a user, who may write if it is `writable`."""
+        found = self.get(name)
+        if writable and (found.read_only or (found.node.read_only and not found.driver.may_trim)):
+            raise ReadOnly("Block node is read-only")
+        perm = Perm.CONSISTENT_READ | Perm.WRITE if writable else Perm.CONSISTENT_READ
+        edge = Edge(None, "root", found, Use(perm, ALL & ~Perm.RESIZE))
+        with ExitStack() as undo:
+            self._attach(edge, undo)
+            root = Root(edge, self._as_seen(found, writable=writable))
+            self._roots.append(root)
+            undo.callback(self._roots.remove, root)
+            self._reroute()
+            undo.pop_all()
+            return root
+
+    def release(self, root: Root) -> None:
+        """Give a hold back. Its user has no request under way any more."""
+        self._roots.remove(root)
+        self._detach(root.edge)
+        with self._drained():
+            self._drop_unused(root.edge.child)
+            self._reroute()
+
+    def replace_root(self, root: Root, name: str) -> None:
+        """Have another node of the same size for the same user."""
+        new = self.get(name)
+        with self._drained(), ExitStack() as undo:
+            if not isinstance(root.node, BlockBackend):
+                raise NotSupported(f"{root.edge} cannot be changed: it was made to read the same for ever")
+            self._check_replacement(root.edge.child, new)
+            if root.edge.use.perm & Perm.WRITE and (new.read_only or new.node.read_only):
+                raise ReadOnly("Block node is read-only")
+            old = self._move(root.edge, new, undo)
+            self._reroute()
+            undo.pop_all()
+            self._drop_unused(old)
+
+    def close(self) -> None:
+        """Close all nodes, parents before their children."""
+        while self._nodes:
+            for each in self:
+                if not each.parents:
+                    each.is_owned = False
+                    self._drop_unused(each)
+
+    # Making nodes.
+
+    def _open(self, options: Mapping[str, Any], undo: ExitStack, *, is_owned: bool) -> NamedNode:
+        name = options.get("node-name") or self._new_name()
+        if not name.startswith("#") and not _NAME.fullmatch(name):
+            raise InvalidOption(f"Invalid node-name: '{name[:200]}'")
+        if len(name) > MAX_NAME:
+            raise InvalidOption(f"Node name too long: '{name[:200]}'")
+        if name in self._nodes:
+            raise InvalidOption(f"Duplicate nodes with node-name='{name}'")
+        if len(self._nodes) >= MAX_NODES:
+            raise NotSupported(f"{MAX_NODES} nodes are all there can be")
+        driver = self._drivers.get(options["driver"])
+        if driver is None:
+            raise InvalidOption(f"Parameter 'driver' does not accept value '{options['driver']}'")
+        if options.get("force-share") and not options.get("read-only"):
+            raise InvalidOption("force-share=on can only be used with read-only images")
+        made = NamedNode(name, driver, options, is_owned=is_owned)
+        for child_name, reference in driver.children(options):
+            if isinstance(reference, str):
+                child = self.get(reference, device=reference)
+            else:
+                child = self._open({**driver.inherited(options, child_name), **reference}, undo, is_owned=False)
+            self._attach(Edge(made, child_name, child), undo)
+        made.node = driver.open(made, self)
+        undo.callback(made.node.close)
+        self._nodes[name] = made
+        undo.callback(self._nodes.pop, name)
+        return made
+
+    def _new_name(self) -> str:
+        self._anonymous += 1
+        return f"#block{self._anonymous:03d}"
+
+    def _drop_unused(self, node: NamedNode) -> None:
+        """Close a node that nobody has any more, and then what only it had."""
+        if node.is_owned or node.parents or self._nodes.get(node.name) is not node:
+            return
+        del self._nodes[node.name]
+        node.node.close()
+        for edge in [*node.children.values()]:
+            self._detach(edge)
+            self._drop_unused(edge.child)
+
+    # Changing them.
+
+    def _reopen(self, options: Mapping[str, Any], undo: ExitStack) -> list[NamedNode]:
+        """Gives the children that a node has no more."""
+        name = options.get("node-name")
+        if name is None:
+            raise InvalidOption("node-name not specified")
+        found = self._nodes.get(name)
+        if found is None:
+            raise NodeNotFound(f"Failed to find node with node-name='{name}'")
+        children = dict(found.driver.children(found.options))
+        left = []
+        for option in sorted({*options, *found.options}):
+            old, new = found.options.get(option), options.get(option)
+            if option in children and isinstance(new, str) and new != found.children[option].child.name:
+                left.append(self._exchange(found, option, self.get(new), undo))
+            elif option == "read-only" and found.driver.is_filter:
+                self._set_read_only(found, bool(new), undo)
+            elif old != new and not (option in children and isinstance(new, str)):
+                raise InvalidOption(f"Cannot change the option '{option}'")
+        undo.callback(setattr, found, "options", found.options)
+        found.options = dict(options)
+        return left
+
+    def _set_read_only(self, node: NamedNode, read_only: bool, undo: ExitStack) -> None:
+        undo.callback(setattr, node, "read_only", node.read_only)
+        node.read_only = read_only
+        self._check(node)
+
+    def _exchange(self, parent: NamedNode, name: str, new: NamedNode, undo: ExitStack) -> NamedNode:
+        """Have another child in the place of one, which is given back."""
+        edge = parent.children[name]
+        if not parent.driver.can_exchange(name):
+            raise NotSupported(f"Block format '{parent.options['driver']}' used by node '{parent.name}' does not "
+                               f"support exchanging its child '{name}'")  # fmt: skip
+        if any(each is parent for each in new.below()):
+            raise InvalidOption(f"Making '{new.name}' a {name} child of '{parent.name}' would create a cycle")
+        self._check_replacement(edge.child, new)
+        for root in self._roots:
+            if not isinstance(root.node, BlockBackend) and any(each is parent for each in root.edge.child.below()):
+                raise NotSupported(f"{root.edge} cannot be changed: it was made to read the same for ever")
+        return self._move(edge, new, undo)
+
+    def _check_replacement(self, old: NamedNode, new: NamedNode) -> None:
+        if new.node.size != old.node.size:
+            raise InvalidOption(
+                f"node '{new.name}' has {new.node.size} bytes, and cannot take the place of '{old.name}', which has "
+                f"{old.node.size}: its users would not learn of it"
+            )
+
+    def _move(self, edge: Edge, new: NamedNode, undo: ExitStack) -> NamedNode:
+        old = edge.child
+        self._detach(edge)
+        edge.child = new
+        with ExitStack() as back:
+            back.callback(self._attach_again, edge, old)
+            self._attach(edge, back)
+            undo.push(back.pop_all())
+        return old
+
+    def _attach_again(self, edge: Edge, old: NamedNode) -> None:
+        edge.child = old
+        self._attach(edge, ExitStack())
+        self._reroute()
+
+    def _reroute(self) -> None:
+        """Have every parent call what it is to call, now that the graph is another one."""
+        for node in self._nodes.values():
+            for edge in node.parents:
+                if edge.parent is None or self._nodes.get(edge.parent.name) is not edge.parent:
+                    continue
+                follows = edge.parent.driver.set_child(edge.parent, edge.name, node)
+                if not follows and edge.use.perm & Perm.WRITE and node.route is not node.node:
+                    raise NotSupported(f"{edge} writes, and cannot tell copy-before-write of it")
+        for root in self._roots:
+            if isinstance(root.node, BlockBackend):
+                root.node.set_node(root.edge.child.route)
+
+    def _as_seen(self, node: NamedNode, *, writable: bool) -> BlockNode:
+        """What a user is to have. Where it can never change, that is the node itself, whose reads are faster."""
+        if node.node.read_only and not any(each.options["driver"] == _CBW for each in node.below()):
+            return node.node
+        line = [*node.line()]
+        zeroes = next((each.options["detect-zeroes"] for each in line if each.options.get("detect-zeroes")), "off")
+        return BlockBackend(
+            node.route,
+            read_only=not writable or node.node.read_only,
+            may_trim=writable and node.driver.may_trim,
+            ignores_discard=any(each.options.get("discard") != "unmap" for each in line),
+            detect_zeroes=zeroes != "off",
+            unmap_zeroes=zeroes == "unmap",
+        )
+
+    @contextmanager
+    def _drained(self) -> Iterator[None]:
+        """With no request under way, and none let in."""
+        deadline = time.monotonic() + DRAIN_TIMEOUT
+        backends = [root.node for root in self._roots if isinstance(root.node, BlockBackend)]
+        try:
+            for backend in backends:
+                if not backend.drain(deadline):
+                    raise NotSupported(
+                        f"requests under way did not end within {DRAIN_TIMEOUT:g} s; nothing was changed"
+                    )
+            yield
+        finally:
+            for backend in backends:
+                backend.resume()
+
+    # Permissions.
+
+    def _attach(self, edge: Edge, undo: ExitStack) -> None:
+        """Give a child a parent, if all others agree."""
+        if edge.parent is not None:
+            edge.use = edge.parent.driver.use_of(edge.parent, edge.name)
+            edge.parent.children[edge.name] = edge
+        edge.child.parents.append(edge)
+        undo.callback(self._detach, edge)
+        self._refresh(edge.child)
+
+    def _detach(self, edge: Edge) -> None:
+        edge.child.parents.remove(edge)
+        if edge.parent is not None:
+            edge.parent.children.pop(edge.name, None)
+        self._refresh(edge.child)
+
+    def _refresh(self, node: NamedNode) -> None:
+        """Work out what is done with a node and all below it. If that cannot be, all is as before."""
+        edges = [edge for each in node.below() for edge in each.children.values()]
+        before = [edge.use for edge in edges]
+        try:
+            self._update(node)
+        except Qcow2SnapError:
+            for edge, use in zip(edges, before, strict=True):
+                edge.use = use
+            for each in node.below():
+                _update_lock(each)
+            raise
+
+    def _update(self, node: NamedNode) -> None:
+        self._check(node)
+        _update_lock(node)
+        for edge in node.children.values():
+            edge.use = node.driver.use_of(node, edge.name)
+            self._update(edge.child)
+
+    def _check(self, node: NamedNode) -> None:
+        for user, other in permutations(node.parents, 2):
+            if conflict := user.use.perm & ~other.use.shared:
+                raise PermissionConflict(
+                    f"Permission conflict on node '{node.name}': permissions '{names(conflict)}' are both required by "
+                    f"{user} and unshared by {other}."
+                )
+        is_read_only = node.read_only or (hasattr(node, "node") and node.node.read_only and not node.driver.may_trim)
+        if is_read_only and node.uses.perm & (Perm.WRITE | Perm.RESIZE):
+            raise ReadOnly("Block node is read-only")
+
+
+def _is_filter(edge: Edge) -> bool:
+    return edge.parent is not None and edge.parent.options["driver"] == _CBW and edge.name == "file"
+
+
+_LOCKED = {
+    Perm.CONSISTENT_READ: Permission.CONSISTENT_READ,
+    Perm.WRITE: Permission.WRITE,
+    Perm.WRITE_UNCHANGED: Permission.WRITE_UNCHANGED,
+    Perm.RESIZE: Permission.RESIZE,
+}
+
+
+def _update_lock(node: NamedNode) -> None:
+    """Have the lock on a file say what is done with it now. ImageInUse if another process objects."""
+    if node.lock is None or not isinstance(getattr(node, "node", None), FileNode):
+        return
+    perm, shared = node.uses
+    used = [bit for each, bit in _LOCKED.items() if perm & each]
+    unshared = [bit for each, bit in _LOCKED.items() if not shared & each]
+    is_locked = node.lock.update(used, unshared)
+    assert isinstance(node.node, FileNode)
+    node.node.set_stable(is_locked and not (perm | shared) & Perm.WRITE)
