@@ -45,8 +45,8 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from enum import Enum
+from typing import NamedTuple
 
 from qcow2snap.block.block_copy import Clusters, read_clusters
 from qcow2snap.block.buffers import Cursor
@@ -90,6 +90,16 @@ class OnCbwError(Enum):
 
 class CopyTimeout(Qcow2SnapError):
     """A copy took longer than cbw-timeout."""
+
+
+class Held(NamedTuple):
+    """A part of the snapshot that stays where it is while it is read."""
+
+    state: int
+    length: int  # bytes
+    child: BlockNode  # to be read, unless the state is ZERO
+    reads: InFlight | None  # where it is entered as under way
+    ticket: Range | None
 
 
 class CopyBeforeWriteNode(BlockNode, SnapshotAccess):
@@ -164,6 +174,9 @@ class CopyBeforeWriteNode(BlockNode, SnapshotAccess):
     def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self.file.preadv(offset, buffers)
 
+    def preadv_nowait(self, offset: int, buffers: Sequence[Buffer]) -> bool:
+        return self.file.preadv_nowait(offset, buffers)
+
     def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Iterator[Extent]:
         return self.file.block_status(offset, length, want_zero=want_zero)
 
@@ -205,16 +218,36 @@ class CopyBeforeWriteNode(BlockNode, SnapshotAccess):
         return (self._snapshot,)
 
     def preadv_snapshot(self, snapshot: SnapshotInfo, offset: int, buffers: Sequence[Buffer]) -> None:
-        cursor = Cursor(buffers)
-        self.check_range(offset, cursor.remaining)
-        while cursor.remaining:
-            with self._held_still(offset, cursor.remaining) as (state, length):
-                if state == ZERO:
-                    cursor.zero(length)
+        length = sum(map(len, buffers))
+        self.check_range(offset, length)
+        end = offset + length
+        cursor: Cursor | None = None
+        while offset < end:
+            held = self._hold(offset, end - offset)
+            try:
+                if held.length == length and held.state != ZERO:  # as a rule: all of it, from one place
+                    held.child.preadv(offset, buffers)
                 else:
-                    child = self.file if state == ON_DISK else self.target
-                    child.preadv(offset, cursor.take(length))
-            offset += length
+                    cursor = cursor or Cursor(buffers)
+                    if held.state == ZERO:
+                        cursor.zero(held.length)
+                    else:
+                        held.child.preadv(offset, cursor.take(held.length))
+            finally:
+                self._let_go(held)
+            self._check_not_broken()  # guests wait for us no more then: it may not be what was asked for
+            offset += held.length
+
+    def preadv_snapshot_nowait(self, snapshot: SnapshotInfo, offset: int, buffers: Sequence[Buffer]) -> bool:
+        length = sum(map(len, buffers))
+        self.check_range(offset, length)
+        held = self._hold(offset, length)
+        try:
+            done = held.length == length and held.state != ZERO and held.child.preadv_nowait(offset, buffers)
+        finally:
+            self._let_go(held)
+        self._check_not_broken()
+        return done
 
     def snapshot_block_status(
         self, snapshot: SnapshotInfo, offset: int, length: int, *, want_zero: bool = True
@@ -225,16 +258,19 @@ class CopyBeforeWriteNode(BlockNode, SnapshotAccess):
 
     def _extents(self, offset: int, end: int, want_zero: bool) -> Iterator[Extent]:
         while offset < end:
-            with self._held_still(offset, end - offset) as (state, run):
-                length = min(run, STATUS_SIZE)
-                if state == ON_DISK:
-                    told = self.file.block_status(offset, length, want_zero=want_zero)
+            held = self._hold(offset, min(STATUS_SIZE, end - offset))
+            try:
+                if held.state == ON_DISK:
+                    told = self.file.block_status(offset, held.length, want_zero=want_zero)
                     extents = [extent._replace(file=None, file_offset=0) for extent in told]
                 else:
-                    status = Status.ZERO if state == ZERO else Status.DATA
-                    extents = [Extent(offset, length, status | Status.ALLOCATED)]
+                    status = Status.ZERO if held.state == ZERO else Status.DATA
+                    extents = [Extent(offset, held.length, status | Status.ALLOCATED)]
+            finally:
+                self._let_go(held)
+            self._check_not_broken()
             yield from extents
-            offset += length
+            offset += held.length
 
     def prefetch_snapshot(self, snapshot: SnapshotInfo, offset: int, length: int) -> None:
         first, _ = self._touched(offset, max(length, 1))
@@ -270,37 +306,36 @@ class CopyBeforeWriteNode(BlockNode, SnapshotAccess):
             self._target_reads.wait(first, last)
         self.target.pdiscard(first * self.cluster_size, (last - first) * self.cluster_size)
 
-    @contextmanager
-    def _held_still(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """The state in which a range begins, and how many bytes of it are in that; they do not change until the end.
-
-        AccessDenied if any of the range cannot be read, or when the snapshot broke meanwhile.
-        """
+    def _hold(self, offset: int, length: int) -> Held:
+        """Keep what a range begins with where it is, until _let_go. AccessDenied if any of the range cannot be read."""
         first, last = self._touched(offset, length)
         with self._lock:
-            self._check_access(first, last)
-            state = self._states[first]
-            run = _RUN[state].match(self._states, first, last)
+            self._check_not_broken()
+            states = self._states
+            missing = states.find(NONE, first, last)
+            if missing >= 0:
+                raise AccessDenied(
+                    f"the snapshot has no access at byte {missing * self.cluster_size:#x}: not kept, or freed"
+                )
+            state = states[first]
+            run = _RUN[state].match(states, first, last)
             assert run is not None
-            reads = self._target_reads if state == ON_TARGET else self._disk_reads if state == ON_DISK else None
-            ticket = reads.add(first, run.end()) if reads is not None else None
-        try:
-            yield state, min(run.end() * self.cluster_size, offset + length) - offset
-        finally:
-            with self._lock:
-                if reads is not None and ticket is not None:
-                    reads.end(ticket)
-        if self._broken is not None:  # guests do not wait for us any more: it may not be what was asked for
-            self._check_access(first, first)
+            stop = run.end()
+            length = min(stop * self.cluster_size, offset + length) - offset
+            if state == ZERO:
+                return Held(state, length, self.file, None, None)
+            reads = self._target_reads if state == ON_TARGET else self._disk_reads
+            child = self.target if state == ON_TARGET else self.file
+            return Held(state, length, child, reads, reads.add(first, stop))
 
-    def _check_access(self, first: int, last: int) -> None:
+    def _let_go(self, held: Held) -> None:
+        if held.reads is not None and held.ticket is not None:
+            with self._lock:
+                held.reads.end(held.ticket)
+
+    def _check_not_broken(self) -> None:
         if self._broken is not None:
             raise AccessDenied(f"the snapshot is lost: {self._broken}")
-        missing = self._states.find(NONE, first, last)
-        if missing >= 0:
-            raise AccessDenied(
-                f"the snapshot has no access at byte {missing * self.cluster_size:#x}: not kept, or freed"
-            )
 
     # Between the two: copying.
 
@@ -310,6 +345,10 @@ class CopyBeforeWriteNode(BlockNode, SnapshotAccess):
         if not length or self._broken is not None:
             return
         first, last = self._touched(offset, length)
+        with self._lock:
+            if self._states.find(ON_DISK, first, last) < 0:  # as a rule: guests write again where they wrote before
+                self._disk_reads.wait(first, last)
+                return
         try:
             self._copy_all(first, last, time.monotonic() + self._cbw_timeout if self._cbw_timeout else None)
         except Qcow2SnapError as error:

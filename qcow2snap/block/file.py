@@ -38,6 +38,7 @@ class FileNode(BlockNode):
     """
 
     _ACCESS = os.O_RDONLY
+    _nowait = os.RWF_NOWAIT
 
     def __init__(self, filename: str, *, locking: Locking = Locking.DATA) -> None:
         self.filename = filename
@@ -86,10 +87,30 @@ class FileNode(BlockNode):
         return os.fstat(self._fd).st_blocks * 512
 
     def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        self.check_range(offset, sum(map(len, buffers)))
+        length = sum(map(len, buffers))
+        self.check_range(offset, length)
+        if len(buffers) == 1 and not self.drops_cache:  # as a rule that is all of it, by one call
+            try:
+                if os.preadv(self._fd, buffers, offset) == length:
+                    return
+            except OSError as error:
+                raise file_error(f"{self.filename}: read at byte {offset:#x}", error) from None
         missing = self.preadv_available(offset, buffers)
         if missing:
             raise FileError(f"{self.filename}: {missing} bytes are missing; the file was cut while it was read")
+
+    def preadv_nowait(self, offset: int, buffers: Sequence[Buffer]) -> bool:
+        """What is in the page cache; all of it where the file system cannot tell."""
+        length = sum(map(len, buffers))
+        self.check_range(offset, length)
+        if self.drops_cache:
+            return False
+        try:
+            return os.preadv(self._fd, buffers[:IOV_MAX], offset, self._nowait) == length
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                self._nowait = 0
+            return False
 
     def preadv_available(self, offset: int, buffers: Sequence[Buffer]) -> int:
         """Fill the buffers as far as the file reaches, the rest with zeros; returns the number of these zeros."""
@@ -151,6 +172,12 @@ class FileNode(BlockNode):
             status = (Status.ZERO if is_hole else Status.DATA) | Status.ALLOCATED
             yield Extent(offset, stop - offset, status, 0, None if self.drops_cache else self, offset)
             offset = stop
+
+    def is_zero_fast(self, offset: int, length: int) -> bool:
+        try:
+            return os.lseek(self._fd, offset, os.SEEK_DATA) >= offset + length
+        except OSError as error:
+            return error.errno == errno.ENXIO  # a hole to the end of the file
 
     def hole_or_data(self, offset: int) -> tuple[bool, int]:
         """Whether `offset` is in a hole of the file, and where that hole or data ends. Past the end is a hole."""

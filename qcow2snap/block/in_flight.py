@@ -45,6 +45,8 @@ class InFlight:
 
     def wait(self, first: int, last: int, deadline: float | None = None) -> bool:
         """Wait until none overlaps; False if that is not so by the deadline (time.monotonic)."""
+        if not self._ranges:
+            return True
         self._waiting += 1
         try:
             while self.overlap(first, last):

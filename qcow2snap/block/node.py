@@ -131,6 +131,14 @@ class BlockNode(ABC):
         Without `want_zero` nothing is spent on finding holes of the host file inside allocated extents.
         """
 
+    def is_zero_fast(self, offset: int, length: int) -> bool:
+        """Whether a range is known to be zeros, from first to last; False also where telling that takes long."""
+        return all(not extent.must_read for extent in self.block_status(offset, length))
+
+    def preadv_nowait(self, offset: int, buffers: Sequence[Buffer]) -> bool:
+        """As preadv, if that takes no waiting for a disk or another machine. False: nothing is known of the buffers."""
+        return False
+
     def preadv_unconfirmed(self, offset: int, buffers: Sequence[Buffer]) -> None:
         """As preadv, but what the buffers hold then may only be used after a confirm(): one is enough for many reads.
 
@@ -208,6 +216,10 @@ class SnapshotAccess(ABC):
     @abstractmethod
     def preadv_snapshot(self, snapshot: SnapshotInfo, offset: int, buffers: Sequence[Buffer]) -> None:
         """As BlockNode.preadv, of a snapshot. Beyond the snapshot's own size: OutOfRange."""
+
+    def preadv_snapshot_nowait(self, snapshot: SnapshotInfo, offset: int, buffers: Sequence[Buffer]) -> bool:
+        """As BlockNode.preadv_nowait, of a snapshot."""
+        return False
 
     def preadv_snapshot_unconfirmed(self, snapshot: SnapshotInfo, offset: int, buffers: Sequence[Buffer]) -> None:
         """As BlockNode.preadv_unconfirmed, of a snapshot."""

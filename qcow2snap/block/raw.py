@@ -44,6 +44,10 @@ class RawNode(BlockNode):
     def confirm(self) -> None:
         self.file.confirm()
 
+    def preadv_nowait(self, offset: int, buffers: Sequence[Buffer]) -> bool:
+        self.check_range(offset, sum(map(len, buffers)))
+        return self.file.preadv_nowait(self._offset + offset, buffers)
+
     def prefetch(self, offset: int, length: int) -> None:
         self.file.prefetch(self._offset + offset, length)
 
@@ -51,6 +55,10 @@ class RawNode(BlockNode):
         self.check_range(offset, length)
         for extent in self.file.block_status(self._offset + offset, length, want_zero=want_zero):
             yield extent._replace(offset=extent.offset - self._offset)
+
+    def is_zero_fast(self, offset: int, length: int) -> bool:
+        self.check_range(offset, length)
+        return self.file.is_zero_fast(self._offset + offset, length)
 
     def pwritev(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self.check_range(offset, sum(map(len, buffers)))

@@ -30,6 +30,9 @@ class SnapshotAccessNode(BlockNode, ChangeTracking):
     def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self.file.preadv_snapshot(self.snapshot, offset, buffers)
 
+    def preadv_nowait(self, offset: int, buffers: Sequence[Buffer]) -> bool:
+        return self.file.preadv_snapshot_nowait(self.snapshot, offset, buffers)
+
     def preadv_unconfirmed(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self.file.preadv_snapshot_unconfirmed(self.snapshot, offset, buffers)
 

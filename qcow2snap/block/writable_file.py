@@ -44,18 +44,17 @@ class WritableFileNode(FileNode):
         return False
 
     def pwritev(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        self.check_range(offset, sum(map(len, buffers)))
-        views = [memoryview(buffer) for buffer in buffers if len(buffer)]
-        while views:
+        remaining = sum(map(len, buffers))
+        self.check_range(offset, remaining)
+        while remaining:  # as a rule once
             try:
-                count = os.pwritev(self._fd, views[:IOV_MAX], offset)
+                count = os.pwritev(self._fd, buffers[:IOV_MAX], offset)
             except OSError as error:
                 raise file_error(f"{self.filename}: write at byte {offset:#x}", error) from None
             offset += count
-            while views and count >= len(views[0]):
-                count -= len(views.pop(0))
-            if count:
-                views[0] = views[0][count:]
+            remaining -= count
+            if remaining:
+                buffers = _behind(count, buffers)
 
     def pwrite_zeroes(self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False) -> None:
         self.check_range(offset, length)
@@ -99,6 +98,17 @@ class WritableFileNode(FileNode):
         if error and error not in _CANNOT:
             raise file_error(f"{self.filename}: write at byte {offset:#x}", OSError(error, ""))
         return not error
+
+
+def _behind(count: int, buffers: Sequence[Buffer]) -> list[memoryview]:
+    """What is left of buffers without their first `count` bytes."""
+    views = []
+    for buffer in buffers:
+        view = memoryview(buffer)
+        if count < len(view):
+            views.append(view[count:])
+        count = max(0, count - len(view))
+    return views
 
 
 @cache

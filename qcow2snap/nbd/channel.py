@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qcow2snap.nbd.tls import SecureSocket
 
 RECEIVE = 1 << 16  # bytes: some 2,300 requests
+RECEIVE_WRITES = 1 << 20  # bytes; of a write that fits, all of its data are taken at once. Not touched takes no memory
 GATHER = 288 << 10  # bytes of replies in one send: 64 of 4 KiB or one of 256 KiB; 1 MiB was slower
 SEND_BUFFER = 1 << 19  # bytes in the kernel on a Unix socket, which has 208 KiB: less than one reply of nbdcopy's
 PIECE = 1 << 18  # bytes read, or received of a payload, at once
@@ -38,10 +39,12 @@ class Arrivals:
     errors        OSError of the socket
     """
 
-    def __init__(self, sock: socket.socket | SecureSocket, request_size: int, received: bytes) -> None:
+    def __init__(
+        self, sock: socket.socket | SecureSocket, request_size: int, received: bytes, *, size: int = RECEIVE
+    ) -> None:
         self._socket = sock
         self._request_size = request_size
-        self.buffer = bytearray(RECEIVE)
+        self.buffer = bytearray(size)
         self.buffer[: len(received)] = received
         self._view = memoryview(self.buffer)
         self._start = 0
@@ -76,6 +79,22 @@ class Arrivals:
         while self._end - self._start >= size:
             self._start += size
             yield self._start - size
+
+    def whole_payload(self, length: int, before_waiting: Callable[[], None]) -> memoryview:
+        """The data behind the header that was given last, which have to fit the buffer, as one.
+
+        They are there until before_waiting is called, or wait() or poll().
+        """
+        if self._start + length > self._end:
+            before_waiting()
+            self._move_up()
+            while self._end < length:
+                count = self._receive(self._view[self._end :])
+                if not count:
+                    raise ConnectionResetError("in the middle of a payload")
+                self._end += count
+        self._start += length
+        return self._view[self._start - length : self._start]
 
     def payload(self, length: int, before_waiting: Callable[[], None]) -> Iterator[memoryview]:
         """The data behind the header that was given last, in pieces, each good until the next one is asked for."""

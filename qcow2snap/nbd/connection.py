@@ -1,7 +1,7 @@
 """One client on a socket: its handshake under a deadline, then its requests, to the last of them.
 
-Requests come in batches. One tight loop takes all that have arrived: sound READs go to `reads`, which is fast; the rest
-to `transmission.Answers`. Their replies leave together. How bytes come and go is in `channel`.
+Requests come in batches. One tight loop takes all that have arrived: sound READs and WRITEs go to `reads` and `writes`,
+which are fast; the rest to `transmission.Answers`. Their replies leave together. How bytes come and go is in `channel`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 from formats import nbd
 from formats.nbd import Command, CommandFlag
 from qcow2snap.block.node import NBDError
-from qcow2snap.nbd.channel import Arrivals, Outbox
+from qcow2snap.nbd.channel import RECEIVE, RECEIVE_WRITES, Arrivals, Outbox
 from qcow2snap.nbd.export import Exports
 from qcow2snap.nbd.negotiation import Agreement, ServerNegotiation, TLSMode
 from qcow2snap.nbd.reads import MAX_PENDING, CutOff, Reads
 from qcow2snap.nbd.transmission import Answers, Request, check_magic
+from qcow2snap.nbd.writes import Writes
 
 if TYPE_CHECKING:
     from qcow2snap.nbd.tls import SecureSocket
@@ -125,14 +126,23 @@ class Connection:
         logger.info("%s: reads export %a", self._peer, agreement.export.name)
         framing = agreement.framing
         outbox = Outbox(self._stream, is_plain=self._stream is self._socket)
-        arrivals = Arrivals(self._stream, framing.request.size, unused)
+        is_writable = not agreement.node.read_only
+        received_at_once = RECEIVE_WRITES if is_writable else RECEIVE
+        arrivals = Arrivals(self._stream, framing.request.size, unused, size=received_at_once)
         answers = Answers(agreement)
         reads = Reads(agreement, outbox, answers)
+        writes = Writes(agreement, outbox, answers)
         size = agreement.node.size
         read_flags = int(CommandFlag.DF) if framing.structured else 0
+        write_flags = int(CommandFlag.FUA | (CommandFlag.PAYLOAD_LEN if framing.extended else 0))
         unpack = framing.request.unpack_from
         expected_magic = framing.request_magic
         buffer = arrivals.buffer
+
+        def before_waiting() -> None:
+            writes.finish()  # whose data lie in the buffer that is filled next
+            outbox.flush()
+
         try:
             more = True
             while more:
@@ -145,6 +155,17 @@ class Connection:
                     magic, flags, command, cookie, offset, length = unpack(buffer, position)
                     if magic != expected_magic:
                         check_magic(magic, framing)
+                    if (
+                        command == Command.WRITE
+                        and is_writable
+                        and not flags & ~write_flags
+                        and 0 < length <= received_at_once
+                        and offset + length <= size
+                    ):
+                        data = arrivals.whole_payload(length, before_waiting)
+                        writes.write(cookie, offset, data, fua=bool(flags & CommandFlag.FUA))
+                        continue
+                    writes.finish()
                     if (
                         command == Command.READ
                         and not flags & ~read_flags
@@ -159,15 +180,17 @@ class Connection:
                         payload: Iterator[memoryview] = iter(())
                         if payload_length := framing.payload_length(flags, command, length):
                             # The client may wait for earlier replies before it sends the rest of its payload.
-                            payload = arrivals.payload(payload_length, before_waiting=outbox.flush)
+                            payload = arrivals.payload(payload_length, before_waiting)
                         for piece in answers.answer(Request(flags, command, cookie, offset, length), payload):
                             outbox.write(piece)
                         for _ in payload:  # what a request that was refused left behind
                             pass
+                writes.finish()
                 outbox.flush()
                 reads.answer_pending(all_of_them=not more)
                 outbox.flush()
         except NBDError:
+            writes.finish()
             reads.answer_pending(all_of_them=True)  # what was sound before that
             outbox.flush()
             raise

@@ -44,8 +44,8 @@ class _Window(NamedTuple):
 class FileMap:
     """Reads of a node, past the driver where the bytes lie in a file.
 
-    The node must be one whose mapping does not change: read-only, its files stable. Or it must be confirmed
-    (`must_confirm`); then so must be what is read here, before it is used.
+    The node should be one whose mapping does not change: read-only, its files stable. Or it must be confirmed
+    (`must_confirm`); then so must be what is read here, before it is used. Of others nothing is remembered.
 
     threads  any, at any time: a window is never changed, and to look one up twice does no harm
     errors   none: what cannot be read here is left to the node
@@ -56,6 +56,7 @@ class FileMap:
 
     def __init__(self, node: BlockNode) -> None:
         self._node = node
+        self.is_changing = not node.read_only or node.status_may_change  # it may put its bytes elsewhere at any time
         self._windows: dict[int, _Window] = {}
         self._size = 0  # of all windows, in extents
         self._flags = os.RWF_NOWAIT  # 0 once a file system does not know it: then every read waits
@@ -65,6 +66,8 @@ class FileMap:
 
         The range has to be in the node.
         """
+        if self.is_changing:
+            return not wait and self._read_now(offset, buffer)
         length = len(buffer)
         window = self._windows.get(offset // WINDOW) or self._look_up(offset // WINDOW)
         index = bisect_right(window.starts, offset) - 1
@@ -80,6 +83,12 @@ class FileMap:
             return os.preadv(file.fileno(), [buffer], offset + window.shifts[index], flags) == length
         except OSError as error:
             return self._may_wait(error) and self.read(offset, buffer)
+
+    def _read_now(self, offset: int, buffer: memoryview) -> bool:
+        try:
+            return self._node.preadv_nowait(offset, [buffer])
+        except Qcow2SnapError:
+            return False
 
     def prefetch(self, offset: int, length: int) -> None:
         """As BlockNode.prefetch; the driver is asked only where the bytes are not in files."""
@@ -145,8 +154,8 @@ class FileMap:
 
     def _extents_of(self, start: int, length: int) -> list[Extent]:
         """None of a window that is too ragged, or damaged somewhere: there, each read has to ask for itself."""
-        if not self._node.read_only or self._node.status_may_change:
-            return []  # it may put its bytes elsewhere at any time
+        if self.is_changing:
+            return []
         try:
             extents = list(islice(self._node.block_status(start, length, want_zero=False), MAX_WINDOW_EXTENTS + 1))
         except Qcow2SnapError:

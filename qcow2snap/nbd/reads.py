@@ -85,7 +85,7 @@ class Reads:
 
     def read(self, cookie: int, offset: int, length: int, *, whole: bool) -> None:
         """Answer a read, or put it aside. `whole`: the client wants one chunk."""
-        if length >= SENDFILE:
+        if length >= SENDFILE and not (self._file_map.is_changing and length <= PIECE):
             self._read_long(cookie, offset, length, whole)
         elif not self._answer_short(cookie, offset, length, wait=False):
             self._put_aside(Pending(cookie, offset, length, whole, ()))

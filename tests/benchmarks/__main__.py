@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 
-from tests.benchmarks import diff, extract, extract_qcow2, fleece, mapping, nbd_many, nbd_read, pairs, startup
+from tests.benchmarks import diff, extract, extract_qcow2, fleece, mapping, nbd_many, nbd_read, pairs, startup, writable
 
 TOPICS = {
     "list": startup,
@@ -18,6 +18,7 @@ TOPICS = {
     "diff": diff,
     "extract": extract,
     "extract-qcow2": extract_qcow2,
+    "writable": writable,
     "fleece": fleece,
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -176,3 +177,34 @@ def test_a_reader_and_a_writer_of_ours_refuse_each_other(path: Path) -> None:
             open_raw(str(path), writable=other)
         held.close()
     FileNode(str(path)).close()
+
+
+def test_what_takes_waiting_is_not_read_without(tmp_path: Path) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"x" * (1 << 20))
+    node = WritableFileNode(str(path))
+    buffer = bytearray(4096)
+    assert node.preadv_nowait(8192, [buffer])
+    assert buffer == b"x" * 4096
+    if subprocess.check_output(["stat", "-f", "-c", "%T", tmp_path], text=True) == "tmpfs\n":
+        pytest.skip("all of a file here is in memory")
+    node.flush()
+    os.posix_fadvise(node.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    assert not node.preadv_nowait(8192, [buffer])
+    with pytest.raises(OutOfRange):
+        node.preadv_nowait(1 << 20, [buffer])
+    node.close()
+
+
+def test_holes_are_known_to_be_zeros_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "disk.raw"
+    with path.open("wb") as file:
+        file.truncate(1 << 20)
+        file.seek(1 << 16)
+        file.write(b"x")
+    node = WritableFileNode(str(path))
+    assert node.is_zero_fast(0, 1 << 16)
+    assert not node.is_zero_fast(0, (1 << 16) + 1)
+    assert not node.is_zero_fast(1 << 16, 1 << 16)
+    assert node.is_zero_fast(1 << 17, (1 << 20) - (1 << 17))
+    node.close()
