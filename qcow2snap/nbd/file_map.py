@@ -56,10 +56,14 @@ class FileMap:
 
     def __init__(self, node: BlockNode) -> None:
         self._node = node
-        self.is_changing = not node.read_only or node.status_may_change  # it may put its bytes elsewhere at any time
         self._windows: dict[int, _Window] = {}
         self._size = 0  # of all windows, in extents
         self._flags = os.RWF_NOWAIT  # 0 once a file system does not know it: then every read waits
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether the node may put its bytes elsewhere at any time; another may have been put below it, too."""
+        return not self._node.read_only or self._node.status_may_change
 
     def read(self, offset: int, buffer: memoryview, *, wait: bool = False) -> bool:
         """Fill the buffer, of 64 KiB at most; if that takes waiting, only with `wait`. False: ask the node.
