@@ -156,10 +156,12 @@ class Graph:
         found = self._nodes.get(name)
         if found is None:
             raise NodeNotFound(f"Failed to find node with node-name='{name}'")
-        if any(edge.parent is not None for edge in found.parents):
-            raise NodeInUse(f"Block device {name} is in use")
-        if found.parents or not found.is_owned:
+        if any(edge.parent is None for edge in found.parents):
             raise NodeInUse(f"Node {name} is in use")
+        if not found.is_owned:
+            raise NodeInUse(f"Node {name} is not owned by the monitor")
+        if found.parents:
+            raise NodeInUse(f"Block device {name} is in use")
         with self._drained():
             found.is_owned = False
             self._drop_unused(found)
@@ -195,7 +197,9 @@ class Graph:
     def attach(self, name: str, *, writable: bool) -> Root:
         """A hold on a node for a user, who may write if it is `writable`."""
         found = self.get(name)
-        if writable and (found.read_only or (found.node.read_only and not found.driver.may_trim)):
+        if writable and found.read_only:
+            raise ReadOnly("Cannot export read-only node as writable")
+        if writable and found.node.read_only and not found.driver.may_trim:
             raise ReadOnly("Block node is read-only")
         perm = Perm.CONSISTENT_READ | Perm.WRITE if writable else Perm.CONSISTENT_READ
         edge = Edge(None, "root", found, Use(perm, ALL & ~Perm.RESIZE))
