@@ -70,6 +70,10 @@ class BlockBackend(BlockNode, ChangeTracking):
         with self._request:
             self._node.preadv(offset, buffers)
 
+    def preadv_nowait(self, offset: int, buffers: Sequence[Buffer]) -> bool:
+        with self._request:
+            return self._node.preadv_nowait(offset, buffers)
+
     def preadv_unconfirmed(self, offset: int, buffers: Sequence[Buffer]) -> None:
         with self._request:
             self._node.preadv_unconfirmed(offset, buffers)
@@ -83,6 +87,10 @@ class BlockBackend(BlockNode, ChangeTracking):
         with self._request:
             for extent in self._node.block_status(offset, length, want_zero=want_zero):
                 yield extent._replace(file=None, file_offset=0) if extent.file is not None else extent
+
+    def is_zero_fast(self, offset: int, length: int) -> bool:
+        with self._request:
+            return self._node.is_zero_fast(offset, length)
 
     def prefetch(self, offset: int, length: int) -> None:
         with self._request:

@@ -33,8 +33,14 @@ class BeforeWriteNode(BlockNode):
     def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self.file.preadv(offset, buffers)
 
+    def preadv_nowait(self, offset: int, buffers: Sequence[Buffer]) -> bool:
+        return self.file.preadv_nowait(offset, buffers)
+
     def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Iterator[Extent]:
         return self.file.block_status(offset, length, want_zero=want_zero)
+
+    def is_zero_fast(self, offset: int, length: int) -> bool:
+        return self.file.is_zero_fast(offset, length)
 
     def prefetch(self, offset: int, length: int) -> None:
         self.file.prefetch(offset, length)
