@@ -29,6 +29,7 @@ _COMMANDS = {
     "serve": "Export all snapshots over NBD.",
     "fleece": "Keep what a raw disk is now, while it is written over NBD.",
     "daemon": "Export a graph of block nodes, and change it by QMP, as qemu-storage-daemon.",
+    "conformance": "Test a reader of qcow2 over a suite of images.",
 }
 
 # Exit codes of commands that could not, where it is not 1. As in `qemu-img compare`, 1 says that there is a difference.

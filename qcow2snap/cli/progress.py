@@ -15,10 +15,11 @@ _PATIENCE = 1.0  # seconds
 
 
 class ProgressBar:
-    """Counts bytes done of `total`; `advance` may be called from several threads."""
+    """Counts bytes done of `total`, or with `counted` plain things; `advance` may be called from several threads."""
 
-    def __init__(self, what: str, total: int, *, wanted: bool = True) -> None:
+    def __init__(self, what: str, total: int, *, wanted: bool = True, counted: bool = False) -> None:
         self._what = what
+        self._counted = counted
         self._total = total
         self._wanted = wanted and sys.stderr.isatty()
         self._done = 0
@@ -38,12 +39,19 @@ class ProgressBar:
 
     def _show(self) -> tuple[Progress, TaskID]:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            DownloadColumn(binary_units=True),
+            MofNCompleteColumn() if self._counted else DownloadColumn(binary_units=True),
             TimeRemainingColumn(),
         )
         progress = Progress(*columns, console=Console(stderr=True), transient=True)
