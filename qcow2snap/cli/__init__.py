@@ -25,6 +25,7 @@ _COMMANDS = {
     "create": "Make an empty qcow2 image.",
     "extract": "Copy a disk, a snapshot or a VM state to a raw file or qcow2 image.",
     "diff": "Show which bytes differ between two snapshots, and how.",
+    "check": "Check an image against the specification, rule by rule.",
     "digest": "Hash snapshots, and check them against a manifest.",
     "serve": "Export all snapshots over NBD.",
     "fleece": "Keep what a raw disk is now, while it is written over NBD.",

@@ -27,6 +27,10 @@ class ProgressBar:
         self._bar: tuple[Progress, TaskID] | None = None
         self._lock = Lock()
 
+    def expect(self, total: int) -> None:
+        """How many bytes there are, where that is known only now."""
+        self._total = total
+
     def advance(self, count: int) -> None:
         if not self._wanted:
             return

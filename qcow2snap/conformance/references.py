@@ -14,7 +14,7 @@ As in QEMU, what lies past the end of the file reads as zeros, and what leaves t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +38,11 @@ MAX_UNALIGNED_BYTES = 32 << 20
 _PENDING = 1 << 20  # L1 entries that are gathered before they are put in order
 
 
+def words(data: bytes) -> NDArray[np.uint64]:
+    """64-bit entries of a table; the last one may be cut by the end of the file, and goes on with zeros there."""
+    return np.frombuffer(data + bytes(-len(data) % 8), dtype=">u8").astype(np.uint64)
+
+
 class State(NamedTuple):
     """What has an L1 table: the active disk, whose snapshot is None, or a snapshot."""
 
@@ -59,9 +64,8 @@ class State(NamedTuple):
         )
 
     def read_l1(self, file: FileNode) -> NDArray[np.uint64]:
-        """The entries that are in the file; those past its end would be zeros."""
-        data = file.pread_available(self.l1_table_offset, self.l1_length)
-        return np.frombuffer(data[: len(data) // 8 * 8], dtype=">u8").astype(np.uint64)
+        """The entries that are in the file, if only in part; those past its end would be zeros."""
+        return words(file.pread_available(self.l1_table_offset, self.l1_length))
 
 
 Column = NDArray[np.int64]
@@ -97,7 +101,14 @@ class References:
     errors      FileError
     """
 
-    def __init__(self, file: FileNode, header: ImageHeader, states: Sequence[State]) -> None:
+    def __init__(
+        self,
+        file: FileNode,
+        header: ImageHeader,
+        states: Sequence[State],
+        see: Callable[[int, NDArray[np.uint64]], None] | None = None,
+    ) -> None:
+        """`see` is shown each L1 table that is read: the number of its state, and the entries."""
         self._file = file
         self.header = header
         self.states = tuple(states)
@@ -107,6 +118,8 @@ class References:
             if state.can_follow(header) and state.l1_length <= budget:
                 budget -= min(state.l1_length, max(0, self.file_size - state.l1_table_offset))
                 entries = state.read_l1(file)
+                if see is not None:
+                    see(number, entries)
                 tally.add(number, (entries[entries != 0] & _OFFSET).astype(np.int64))
             else:
                 left_out.append(number)

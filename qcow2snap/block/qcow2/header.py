@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from construct import Container, StreamError
@@ -17,7 +18,7 @@ from formats.qcow2 import (
     IncompatibleFeature,
 )
 from qcow2snap.block.file import FileNode
-from qcow2snap.block.node import UnsupportedFeature
+from qcow2snap.block.node import ImageFormatError, UnsupportedFeature
 from qcow2snap.block.qcow2 import rules
 
 _KNOWN_INCOMPATIBLE = sum(IncompatibleFeature)
@@ -117,6 +118,18 @@ def read_header(file: FileNode) -> ImageHeader:
 
     What only a checker or a writer minds is let pass here: refcounts, the corrupt and dirty bits.
     """
+    fields, first_cluster = parse_header(file)
+    for error in header_errors(fields, first_cluster):
+        raise error
+    extensions, damage = parse_extensions(fields, first_cluster)
+    if damage is not None:
+        raise damage
+    _refuse_unknown_features(fields, extensions)
+    return image_header(fields, first_cluster, extensions)
+
+
+def parse_header(file: FileNode) -> tuple[Container, bytes]:
+    """The fields of a header, and what there is of the first cluster. Raises what keeps them from being read at all."""
     start = file.pread_available(0, layout.HEADER_LENGTH_V3)
     if start[:4] != layout.MAGIC:
         raise rules.HEADER_MAGIC.broken(0, "not a qcow2 image (it does not start with QFI\\xfb)")
@@ -129,15 +142,19 @@ def read_header(file: FileNode) -> ImageHeader:
     if not layout.MIN_CLUSTER_BITS <= cluster_bits <= layout.MAX_CLUSTER_BITS:
         raise rules.HEADER_CLUSTER_BITS.broken(20, f"cluster size 2^{cluster_bits} is not in 2^9 to 2^21 bytes")
     first_cluster = file.pread_available(0, 1 << cluster_bits)
-    # As in QEMU, what a short file lacks of its first cluster reads as zeros.
-    padded = first_cluster.ljust(1 << cluster_bits, b"\0")
     try:
-        fields = layout.Header.parse(padded)
+        return layout.Header.parse(_padded(first_cluster, cluster_bits)), first_cluster
     except StreamError:
         raise rules.HEADER_LENGTH.broken(100, "header_length reaches beyond the first cluster") from None
-    _judge(fields, first_cluster)
-    extensions = _read_extensions(fields, padded)
-    _refuse_unknown_features(fields, extensions)
+
+
+def _padded(first_cluster: bytes, cluster_bits: int) -> bytes:
+    """As in QEMU, what a short file lacks of its first cluster reads as zeros."""
+    return first_cluster.ljust(1 << cluster_bits, b"\0")
+
+
+def image_header(fields: Container, first_cluster: bytes, extensions: tuple[Extension, ...]) -> ImageHeader:
+    """The values of a header whose enumerations are known."""
     name_end = fields.backing_file_offset + fields.backing_file_size
     return ImageHeader(
         version=fields.version,
@@ -161,83 +178,91 @@ def read_header(file: FileNode) -> ImageHeader:
     )
 
 
-def _judge(fields: Container, first_cluster: bytes) -> None:
-    """The rules without which nothing of the image can be read. Order and bounds as in QEMU's qcow2_do_open.
+def header_errors(fields: Container, first_cluster: bytes) -> Iterator[ImageFormatError]:
+    """What keeps an image from being read. Order and bounds as in QEMU's qcow2_do_open; of unknown features, later.
 
     QEMU also refuses an image whose active L1 table or snapshot table is out of bounds; here the others stay readable.
     """
     cluster_size = 1 << fields.cluster_bits
     if fields.version >= 3:
         if len(first_cluster) < layout.HEADER_LENGTH_V3:
-            raise rules.HEADER_COMPLETE.broken(len(first_cluster), "the file ends within the header")
+            yield rules.HEADER_COMPLETE.broken(len(first_cluster), "the file ends within the header")
         if fields.header_length < layout.HEADER_LENGTH_V3:
-            raise rules.HEADER_LENGTH.broken(100, f"header_length {fields.header_length} is less than 104")
+            yield rules.HEADER_LENGTH.broken(100, f"header_length {fields.header_length} is less than 104")
     if fields.backing_file_offset:
         end = fields.backing_file_offset + fields.backing_file_size
         if end > cluster_size or fields.backing_file_size > layout.MAX_BACKING_FILE_SIZE:
-            raise rules.HEADER_BACKING_NAME.broken(
+            yield rules.HEADER_BACKING_NAME.broken(
                 8,
                 f"the backing file name, {fields.backing_file_size} bytes at {fields.backing_file_offset:#x}, is too "
                 f"long or not in the first cluster",
             )
-    _judge_features(fields)
+    yield from _feature_errors(fields)
     if fields.refcount_order > layout.MAX_REFCOUNT_ORDER:
-        raise rules.HEADER_REFCOUNT_ORDER.broken(96, f"refcount_order {fields.refcount_order} is more than 6")
+        yield rules.HEADER_REFCOUNT_ORDER.broken(96, f"refcount_order {fields.refcount_order} is more than 6")
     if fields.crypt_method not in tuple(CryptMethod):
-        raise rules.HEADER_CRYPT_METHOD.broken(32, f"encryption method {fields.crypt_method} is not known")
+        yield rules.HEADER_CRYPT_METHOD.broken(32, f"encryption method {fields.crypt_method} is not known")
 
 
 def judge_active_l1(header: ImageHeader) -> None:
     """The rules for the active L1 table, without which snapshots can be read all the same."""
+    for error in active_l1_errors(header):
+        raise error
+
+
+def active_l1_errors(header: ImageHeader) -> Iterator[ImageFormatError]:
     if header.l1_size * 8 > layout.MAX_L1_TABLE_SIZE:
-        raise rules.HEADER_L1_SIZE.broken(36, f"an L1 table of {header.l1_size} entries is larger than 32 MiB")
+        yield rules.HEADER_L1_SIZE.broken(36, f"an L1 table of {header.l1_size} entries is larger than 32 MiB")
     if header.l1_table_offset % header.cluster_size:
         what = f"the L1 table at {header.l1_table_offset:#x} does not start at a cluster boundary"
-        raise rules.HEADER_L1_OFFSET.broken(40, what)
+        yield rules.HEADER_L1_OFFSET.broken(40, what)
     if -(-header.size // header.l2_coverage) > header.l1_size:
         what = f"an L1 table of {header.l1_size} entries is too small for a disk of {header.size} bytes"
-        raise rules.HEADER_L1_SIZE.broken(36, what)
+        yield rules.HEADER_L1_SIZE.broken(36, what)
 
 
-def _judge_features(fields: Container) -> None:
+def _feature_errors(fields: Container) -> Iterator[ImageFormatError]:
     features = fields.incompatible_features
     if fields.compression_type not in tuple(CompressionType):
-        raise rules.HEADER_COMPRESSION.broken(104, f"compression type {fields.compression_type} is not known")
+        yield rules.HEADER_COMPRESSION.broken(104, f"compression type {fields.compression_type} is not known")
     is_marked = bool(features & IncompatibleFeature.COMPRESSION_TYPE)
     if is_marked != (fields.compression_type != CompressionType.DEFLATE):
         state = "set" if is_marked else "not set"
-        raise rules.HEADER_COMPRESSION.broken(
+        yield rules.HEADER_COMPRESSION.broken(
             72, f"the compression type is {fields.compression_type} but its feature bit is {state}"
         )
     if features & IncompatibleFeature.EXTENDED_L2_ENTRIES and fields.cluster_bits < layout.MIN_CLUSTER_BITS_EXTENDED_L2:
-        raise rules.HEADER_CLUSTER_BITS.broken(
+        yield rules.HEADER_CLUSTER_BITS.broken(
             20, f"cluster size 2^{fields.cluster_bits} is too small for extended L2 entries, which need 2^14"
         )
     if (
         fields.autoclear_features & AutoclearFeature.RAW_EXTERNAL_DATA
         and not features & IncompatibleFeature.EXTERNAL_DATA_FILE
     ):
-        raise rules.HEADER_RAW_DATA.broken(88, "the raw external data bit is set, but there is no external data file")
+        yield rules.HEADER_RAW_DATA.broken(88, "the raw external data bit is set, but there is no external data file")
 
 
-def _read_extensions(fields: Container, first_cluster: bytes) -> tuple[Extension, ...]:
-    """Up to the end marker, or to where the backing file name or the cluster's end leaves no room for another."""
+def parse_extensions(fields: Container, first_cluster: bytes) -> tuple[tuple[Extension, ...], ImageFormatError | None]:
+    """Up to the end marker, or to where the backing file name or the cluster's end leaves no room for another.
+
+    With the error that ended it before.
+    """
+    padded = _padded(first_cluster, fields.cluster_bits)
     extensions: list[Extension] = []
     position = fields.header_length
-    end = fields.backing_file_offset or len(first_cluster)
+    end = min(fields.backing_file_offset, len(padded)) or len(padded)
     while position + layout.HEADER_EXTENSION_HEADER_LENGTH <= end:
-        kind = int.from_bytes(first_cluster[position : position + 4], "big")
+        kind = int.from_bytes(padded[position : position + 4], "big")
         if kind == HeaderExtensionType.END:
             break
-        length = int.from_bytes(first_cluster[position + 4 : position + 8], "big")
+        length = int.from_bytes(padded[position + 4 : position + 8], "big")
         if length > end - position - layout.HEADER_EXTENSION_HEADER_LENGTH:
-            raise rules.EXTENSION_LENGTH.broken(
-                position, f"header extension {kind:#010x} of {length} bytes reaches beyond its area"
-            )
-        parsed = layout.HeaderExtension.parse(first_cluster[position : position + 16 + length])
+            what = f"header extension {kind:#010x} of {length} bytes reaches beyond its area"
+            return tuple(extensions), rules.EXTENSION_LENGTH.broken(position, what)
+        parsed = layout.HeaderExtension.parse(padded[position : position + 16 + length])
         extensions.append(Extension(int(parsed.type), parsed.data, position))
         position += layout.HEADER_EXTENSION_HEADER_LENGTH + length + -length % 8
-    return tuple(extensions)
+    return tuple(extensions), None
 
 
 def feature_names(extensions: tuple[Extension, ...]) -> dict[tuple[int, int], str]:
@@ -251,13 +276,17 @@ def feature_names(extensions: tuple[Extension, ...]) -> dict[tuple[int, int], st
 
 
 def _refuse_unknown_features(fields: Container, extensions: tuple[Extension, ...]) -> None:
+    listed = unknown_features(fields, extensions)
+    if listed:
+        raise UnsupportedFeature(
+            f"the image needs a feature that is not known here: {listed} ({rules.HEADER_INCOMPATIBLE.id}, at byte 0x48)"
+        )
+
+
+def unknown_features(fields: Container, extensions: tuple[Extension, ...]) -> str:
+    """The incompatible features that are not known here, by the names that the image has for them."""
     unknown = int(fields.incompatible_features) & ~_KNOWN_INCOMPATIBLE
-    if not unknown:
-        return
     names = feature_names(extensions)
-    listed = ", ".join(
+    return ", ".join(
         names.get((FeatureType.INCOMPATIBLE, bit), f"bit {bit}") for bit in range(64) if unknown >> bit & 1
-    )
-    raise UnsupportedFeature(
-        f"the image needs a feature that is not known here: {listed} ({rules.HEADER_INCOMPATIBLE.id}, at byte 0x48)"
     )

@@ -50,7 +50,7 @@ def read_raw_table(file: FileNode, header: ImageHeader) -> tuple[list[tuple[int,
 def parse_table(
     entries: list[tuple[int, bytes]], damage: ImageFormatError | None, header: ImageHeader
 ) -> SnapshotTable:
-    parsed = (_parse(raw, header, index, position) for index, (position, raw) in enumerate(entries))
+    parsed = (parse_entry(raw, header, index, position) for index, (position, raw) in enumerate(entries))
     return SnapshotTable(tuple(parsed), damage)
 
 
@@ -95,7 +95,8 @@ def _read_entry(window: _Window, header: ImageHeader, position: int, index: int)
     return raw.ljust(length, b"\0")  # the padding of the last entry need not be in the file
 
 
-def _parse(raw: bytes, header: ImageHeader, index: int, position: int) -> TableEntry:
+def parse_entry(raw: bytes, header: ImageHeader, index: int, position: int) -> TableEntry:
+    """What a whole entry says; nothing is judged."""
     fields = layout.SnapshotTableEntry.parse(raw)
     large = fields.vm_state_size_large
     info = SnapshotInfo(

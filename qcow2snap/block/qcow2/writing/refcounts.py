@@ -66,12 +66,16 @@ class Refcounts:
     def _read_table(self, header: ImageHeader) -> array[int]:
         offset, size = header.refcount_table_offset, header.refcount_table_clusters << header.cluster_bits
         if offset % header.cluster_size or not offset:
-            raise rules.REFCOUNT_TABLE.broken(48, f"the refcount table is at {offset:#x}, not a cluster boundary")
+            raise rules.REFCOUNT_TABLE_OFFSET.broken(
+                48, f"the refcount table is at {offset:#x}, not a cluster boundary"
+            )
         if not 0 < size <= layout.MAX_REFCOUNT_TABLE_SIZE:
-            raise rules.REFCOUNT_TABLE.broken(56, f"a refcount table of {size} bytes is empty or larger than 8 MiB")
+            raise rules.REFCOUNT_TABLE_SIZE.broken(
+                56, f"a refcount table of {size} bytes is empty or larger than 8 MiB"
+            )
         data = self._file.pread_available(offset, size)
         if len(data) < size:
-            raise rules.REFCOUNT_TABLE.broken(offset, "the refcount table reaches beyond the end of the file")
+            raise rules.REFCOUNT_TABLE_COMPLETE.broken(offset, "the refcount table reaches beyond the end of the file")
         table = array("Q", data)
         if sys.byteorder == "little":
             table.byteswap()
@@ -80,7 +84,7 @@ class Refcounts:
         if len(wrong):
             index = int(wrong[0])
             what = f"entry {index} of the refcount table, {table[index]:#x}, is no cluster boundary"
-            raise rules.REFCOUNT_TABLE_ENTRY.broken(offset + 8 * index, what)
+            raise rules.REFCOUNT_BLOCK_ALIGNED.broken(offset + 8 * index, what)
         return table
 
     # -- one refcount -------------------------------------------------------------------------------------------------
@@ -210,7 +214,7 @@ class Refcounts:
         offset = self.table[index]
         data = self._file.pread_available(offset, self._cluster_size)
         if len(data) < self._cluster_size:
-            raise rules.REFCOUNT_BLOCK.broken(offset, f"the refcount block at {offset:#x} is not in the file")
+            raise rules.REFCOUNT_BLOCK_IN_FILE.broken(offset, f"the refcount block at {offset:#x} is not in the file")
         if len(self._blocks) << self._cluster_bits >= CACHE_SIZE:
             kept = self._dirty | self._on_the_way
             for other in [each for each in self._blocks if each not in kept][: len(self._blocks) // 2 or 1]:
