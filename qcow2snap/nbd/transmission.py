@@ -252,7 +252,7 @@ class Answers:
 
     def _check_write(self, request: Request, allowed_flags: int) -> None:
         if self._node.read_only:
-            raise _read_only()
+            raise NotSupported("this can be trimmed, not written") if self._may_trim else _read_only()
         try:
             self._check(request, allowed_flags)
         except OutOfRange as error:
