@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
+from qcow2snap import __version__
 from qcow2snap.block.file import FileNode, Locking
 from qcow2snap.block.node import ImageFormatError
 from qcow2snap.block.qcow2.rules import RULES
 from qcow2snap.block.snapshot_ref import find
 from qcow2snap.cli import options, text
 from qcow2snap.cli.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from qcow2snap.conformance.check import Report
 
 NOT_SUPPORTED = 63  # the format has no checks
 _FORMATS = ("text", "json", "sarif", "junit")
@@ -73,6 +78,15 @@ def _check(
     if snapshot is not None:
         chosen = find([info for info in report.states if info is not None], snapshot)
         report = report.about(report.states.index(chosen))
+    _print(report, form, most)
+    if report.check_errors:
+        stopping = next((finding for finding in report.findings if finding.stops), None)
+        why = report.problems[0] if stopping is None else f"{stopping.message} ({stopping.rule.id})"
+        print(f"qcow2snap: {image}: the check is not complete: {text.json_text(why)}", file=sys.stderr)
+    return report.exit_code
+
+
+def _print(report: Report, form: str, most: int | None) -> None:
     if form == "text":
         from qcow2snap.conformance import report_text
 
@@ -81,11 +95,14 @@ def _check(
         from qcow2snap.conformance.report_json import report_fields
 
         print(json.dumps(report_fields(report, most), indent=4))
-    if report.check_errors:
-        stopping = next((finding for finding in report.findings if finding.stops), None)
-        why = report.problems[0] if stopping is None else f"{stopping.message} ({stopping.rule.id})"
-        print(f"qcow2snap: {image}: the check is not complete: {text.json_text(why)}", file=sys.stderr)
-    return report.exit_code
+    elif form == "sarif":
+        from qcow2snap.conformance.report_sarif import sarif_log
+
+        print(json.dumps(sarif_log(report, __version__, most), indent=2))
+    else:
+        from qcow2snap.conformance.report_junit import junit
+
+        print(junit(report, most))
 
 
 def _list_rules(form: str) -> None:
