@@ -88,6 +88,13 @@ def tokens(data: bytes, window: int = WINDOW) -> list[Token]:
     return found
 
 
+def run(byte: int, length: int) -> list[Token]:
+    """One byte, and matches that repeat it."""
+    full, rest = divmod(length - 1, MAX_MATCH)
+    last = [Match(rest, 1)] if rest >= MIN_MATCH else [byte] * rest
+    return [byte, *[Match(MAX_MATCH, 1)] * full, *last]
+
+
 def stored(data: bytes, *, block: int = 65535, final: bool = True) -> bytes:
     """Blocks without compression, of at most `block` bytes each."""
     out = bytearray()

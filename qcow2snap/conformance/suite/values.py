@@ -199,7 +199,8 @@ class Built:
 class Case:
     """One thing that a reader can get right or wrong.
 
-    large  needs a disk of some GiB; left out unless asked for
+    sections  those that it covers; what it is about is the first
+    large     needs a disk or a file of some GiB; left out unless asked for
     """
 
     name: str

@@ -49,11 +49,10 @@ for _bits in (9, 10, 12, 16):
 )
 def compressed_cluster_bits_21(name: str) -> Image:
     image = Image(name, 3 << 21, cluster_bits=21)
-    noisy = noise(21, 700 * KIB) + bytes((1 << 21) - 700 * KIB)
-    stream = deflate.stored(noisy[: 700 * KIB], final=False) + deflate.fixed(deflate.tokens(noisy[700 * KIB :]))
-    image.active.compressed(0, stream, noisy, at=100)
-    even = bytes([7]) * (1 << 21)
-    image.active.compressed(2, deflate.dynamic(deflate.tokens(even)), even)
+    size, noisy = 1 << 21, noise(21, 700 * KIB)
+    stream = deflate.stored(noisy, final=False) + deflate.fixed(deflate.run(0, size - len(noisy)))
+    image.active.compressed(0, stream, noisy.ljust(size, b"\0"), at=100)
+    image.active.compressed(2, deflate.dynamic(deflate.run(7, size)), b"\7" * size)
     return image
 
 

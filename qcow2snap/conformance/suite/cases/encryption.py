@@ -21,7 +21,7 @@ def refuse_encrypted_aes(name: str) -> Image:
 
 
 @case(
-    "refuse-encrypted-luks", "an image encrypted with LUKS, and no key", Section.ENCRYPTION, Section.ENCRYPTION_POINTER
+    "refuse-encrypted-luks", "an image encrypted with LUKS, and no key", Section.ENCRYPTION_POINTER, Section.ENCRYPTION
 )
 def refuse_encrypted_luks(name: str) -> Image:
     image = Image(name, 64 * KIB)

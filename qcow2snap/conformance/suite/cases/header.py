@@ -40,7 +40,7 @@ def header_v3(name: str) -> Image:
 for _length in (112, 120, 256):
     _about = f"a header of {_length} bytes, zeros where fields are not known"
 
-    @case(f"header-length-{_length}", _about, Section.ADDITIONAL, Section.PADDING)
+    @case(f"header-length-{_length}", _about, Section.PADDING, Section.ADDITIONAL)
     def header_length(name: str) -> Image:
         return some_disk(Image(name, 64 * KIB, header_length=int(name.rpartition("-")[2])))
 
