@@ -10,7 +10,7 @@ BENCH_TOOLS := qemu-img:qemu-utils nbdcopy:libnbd-bin nbdkit:nbdkit fio:fio open
 
 PYTEST := $(BIN)/pytest -n 2
 
-.PHONY: help demo check test bench clean lint tools
+.PHONY: help demo check test bench crash clean lint tools
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-5s  %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,9 @@ test: tools lint  ## the linters and all tests; installs the Debian packages the
 bench: $(VENV)/installed  ## ratios against QEMU's tools; ARGS=--quick for smaller images
 	@scripts/require-tools $(BENCH_TOOLS)
 	@$(BIN)/python -m tests.benchmarks $(ARGS)
+
+crash: $(VENV)/installed-dev  ## crash after crash of an image that is written; ARGS='--seconds 3600'
+	$(BIN)/python -m tests.block.writing.crash $(ARGS)
 
 clean:  ## remove all that these targets made
 	rm -rf $(VENV) .bench-cache .peers .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist

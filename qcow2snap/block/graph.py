@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qcow2snap.block.file import FileNode, Locking
 from qcow2snap.block.keyval import nested
@@ -19,6 +19,9 @@ from qcow2snap.block.qcow2.header import as_text, read_header
 from qcow2snap.block.raw import RawNode
 from qcow2snap.block.references import ReferencePolicy
 from qcow2snap.block.writable_file import WritableFileNode
+
+if TYPE_CHECKING:
+    from qcow2snap.block.qcow2.writing.node import WritableQcow2Node
 
 MAX_DEPTH = 200  # images in a chain; QEMU knows no bound but its stack
 _PROBE_SIZE = 2048  # bytes that decide a format: QEMU BLOCK_PROBE_BUF_SIZE
@@ -42,6 +45,11 @@ class Link(NamedTuple):
     format: str | None  # as stated by the image above
     node: BlockNode | None
     error: Qcow2SnapError | None
+
+
+def open_writable(filename: str, options: OpenOptions = OpenOptions()) -> WritableQcow2Node:  # noqa: B008
+    """Open a qcow2 image for writing; its backing files are read only. close() of the node closes all, and may fail."""
+    return _Opener(filename, options, with_children=True).writable(filename)
 
 
 def open_image(filename: str, options: OpenOptions = OpenOptions(), *, with_children: bool = True) -> Qcow2Node:  # noqa: B008
@@ -177,6 +185,52 @@ class _Opener:
                 if node not in borrowed:
                     node.close()
             raise
+
+    def writable(self, filename: str) -> WritableQcow2Node:
+        """The image at the top of a graph, for writing."""
+        from qcow2snap.block.qcow2.writing.image_file import ImageFile
+        from qcow2snap.block.qcow2.writing.node import WritableQcow2Node
+
+        file = ImageFile(filename)
+        nodes: list[BlockNode] = [file]
+        try:
+            self._enter(file)
+            try:
+                header = read_header(file)
+            except (ImageFormatError, UnsupportedFeature) as error:
+                raise _explained(error, file) from None
+            data_file = None
+            if header.has_data_file:
+                data_file = ImageFile(self._data_file_path(header.data_file, file))
+                nodes.append(data_file)
+            reference = None if header.backing_file is None else as_text(header.backing_file)
+            backing = self.backing(reference, header.backing_format, file, {})
+            nodes += [backing] if backing else []
+            return WritableQcow2Node(
+                file,
+                header,
+                data_file=data_file,
+                backing=backing,
+                table_cache_size=self._options.table_cache_size,
+                cluster_cache_size=self._options.cluster_cache_size,
+            )
+        except BaseException:
+            for node in nodes:
+                node.close()
+            raise
+
+    def _data_file_path(self, reference: str | None, file: FileNode) -> str:
+        """The file of the host that an image names as its data file."""
+        if not reference:
+            error = rules.DATA_FILE_NAME.broken(72, "the image needs an external data file and does not name it")
+            raise _explained(error, file)
+        if reference.startswith("json:"):
+            options = nested(_json_options(reference, file.filename))
+            below = options.get("file", options) if options.get("driver") == "raw" else options
+            reference = str(nested(below).get("filename", "")) if isinstance(below, dict) else ""
+            if not reference:
+                raise UnsupportedFeature(f"{file.filename}: its data file must be a plain file to be written")
+        return self._policy.resolve(reference, file.filename)
 
     def _file(self, filename: str) -> FileNode:
         if self._options.force_share:

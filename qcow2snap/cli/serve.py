@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import click
 
-from qcow2snap.block.graph import OpenOptions, files_of, open_raw
+from qcow2snap.block.graph import OpenOptions, files_of, open_raw, open_writable
 from qcow2snap.block.node import SnapshotAccess
 from qcow2snap.block.qcow2.driver import Qcow2Node
 from qcow2snap.block.raw import RawNode
@@ -35,7 +35,7 @@ _MAX_URIS = 1 << 15
               help="Begin the exports' names with NAME/; once for each IMAGE, in their order.")  # fmt: skip
 @click.option("-f", "--format", "image_format", type=click.Choice(["qcow2", "raw"]), default="qcow2",
               help="What each IMAGE is; it is not guessed.  [default: qcow2]")  # fmt: skip
-@click.option("--writable", is_flag=True, help="Let clients write IMAGE, which has to be raw: -f raw.")
+@click.option("--writable", is_flag=True, help="Let clients write the active disk; its snapshots stay as they are.")
 @options.opening_options
 @serve_options.tls_options
 @serve_options.client_options
@@ -66,7 +66,7 @@ def command(
     pid_path: str | None,
     verbose: bool,
 ) -> None:
-    """Export the snapshots of each IMAGE over NBD, read-only; or raw images, which may be written.
+    """Export the active disk and the snapshots of each IMAGE over NBD, read-only; or raw images.
 
     The active disk is the default export (not with -U: it is changing), each snapshot the export of its name, and its
     VM state vmstate:NAME. With -s that snapshot is the default export, and the only one. Every snapshot also answers
@@ -88,14 +88,13 @@ def command(
     if stdio and passed:
         raise click.UsageError("--stdio does not go with socket activation.")
 
-    if writable and image_format != "raw":
-        raise click.UsageError("--writable goes with -f raw only: qcow2 images cannot be written yet.")
     if writable and opening.force_share:
         raise click.UsageError("--writable does not go with -U: what others write cannot be written as well.")
 
     def open_image(image: str) -> Qcow2Node | RawNode:
-        raw = image_format == "raw"
-        return open_raw(image, opening, writable=writable) if raw else options.open_for(image, opening)
+        if image_format == "raw":
+            return open_raw(image, opening, writable=writable)
+        return open_writable(image, opening) if writable else options.open_for(image, opening)
 
     mode = TLSMode(tls)
     serve_options.check_tls(mode, tls_certificates, tls_verify_peer, tls_psk)

@@ -87,7 +87,7 @@ class Qcow2Node(BlockNode, SnapshotAccess, ChangeTracking):
         self.must_confirm_snapshots = not file.stable
         self._refreshing = Lock()
         self._images: WeakSet[Image] = WeakSet()  # of all epochs: their caches may be reading ahead
-        self._epoch = self._look() if self.must_confirm_snapshots else Epoch(file, header, self._new_image)
+        self._epoch = self._first_epoch()
 
     @property
     def filename(self) -> str:
@@ -188,6 +188,9 @@ class Qcow2Node(BlockNode, SnapshotAccess, ChangeTracking):
                 return False
             self._epoch = epoch
             return True
+
+    def _first_epoch(self) -> Epoch:
+        return self._look() if self.must_confirm_snapshots else Epoch(self.file, self.header, self._new_image)
 
     def _look(self, last: Epoch | None = None) -> Epoch:
         """What a look at the snapshot table finds now."""

@@ -15,7 +15,7 @@ from qcow2snap.block.lru import BoundedCache
 from qcow2snap.block.node import ImageFormatError, SnapshotGone, SnapshotInfo, SnapshotNotFound
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.header import ImageHeader, judge_active_l1
-from qcow2snap.block.qcow2.in_use import Look, SnapshotWatch, is_same_snapshot
+from qcow2snap.block.qcow2.in_use import Look, SnapshotWatch, Watch, is_same_snapshot
 from qcow2snap.block.qcow2.l1 import RawL1Table, read_l1
 from qcow2snap.block.qcow2.snapshot_table import SnapshotTable, TableEntry, read_snapshot_table
 
@@ -34,8 +34,14 @@ class Epoch:
     """
 
     def __init__(
-        self, file: FileNode, header: ImageHeader, new_image: Callable[[], Image], look: Look | None = None
+        self,
+        file: FileNode,
+        header: ImageHeader,
+        new_image: Callable[[], Image],
+        look: Look | None = None,
+        watches: Sequence[Watch] | None = None,
     ) -> None:
+        """`watches`: of each snapshot of the look, in its order; by default, the file is asked."""
         self._file = file
         self._header = header
         self._new_image = new_image
@@ -43,7 +49,9 @@ class Epoch:
         # By position in the table; -1: the active disk, -2 and below: VM states.
         self._views: BoundedCache[int, View] = BoundedCache(L1_CACHE_SIZE)
         if look is not None:
-            self._watches = [SnapshotWatch(file, header, entry, look.pointer) for entry in look.table.entries]
+            self._watches: Sequence[Watch] = watches or [
+                SnapshotWatch(file, header, entry, look.pointer) for entry in look.table.entries
+            ]
 
     @cached_property
     def table(self) -> SnapshotTable:
@@ -60,27 +68,27 @@ class Epoch:
         if self._look is None:
             raise SnapshotNotFound(f"{self._file.filename}: snapshot {snapshot} is not in the table")
         # It is known from an earlier look, and may have moved.
-        entry = self._by_identity.get(_identity(snapshot))
+        entry = self._by_identity.get(identity(snapshot))
         if entry is None:
             raise SnapshotGone(f"{self._file.filename}: snapshot {snapshot} was deleted from the image meanwhile")
         return entry
 
     @cached_property
     def _by_identity(self) -> dict[SnapshotInfo, TableEntry]:
-        return {_identity(entry.info): entry for entry in self.table.entries}
+        return {identity(entry.info): entry for entry in self.table.entries}
 
     def known(self, entries: Sequence[TableEntry]) -> tuple[TableEntry, ...]:
         """The entries of a later look: those that were here too with the size that they had, if the table gave none."""
-        before = {_identity(entry.info)._replace(size=0): entry for entry in self.table.entries}
+        before = {identity(entry.info)._replace(size=0): entry for entry in self.table.entries}
         result = []
         for entry in entries:
-            old = before.get(_identity(entry.info)._replace(size=0))
+            old = before.get(identity(entry.info)._replace(size=0))
             if old is not None and is_same_snapshot(old.raw, entry.raw):
                 entry = entry._replace(info=entry.info._replace(size=old.info.size))
             result.append(entry)
         return tuple(result)
 
-    def watch(self, entry: TableEntry | None) -> SnapshotWatch | None:
+    def watch(self, entry: TableEntry | None) -> Watch | None:
         """What tells whether a snapshot still stands, where that is in doubt."""
         return None if entry is None or self._look is None else self._watches[entry.info.position]
 
@@ -127,7 +135,7 @@ class Epoch:
                 judge_active_l1(self._header)
                 offset, size = self._header.l1_table_offset, self._header.l1_size
             else:
-                _judge_l1(entry, self._header)
+                judge_l1(entry, self._header)
                 offset, size = entry.l1_table_offset, entry.l1_size
             return read_l1(self._file, offset, size)
         except ImageFormatError as error:
@@ -138,12 +146,12 @@ class Epoch:
                 watch.confirm()  # what it raises takes the place of damage, which was then none
 
 
-def _identity(snapshot: SnapshotInfo) -> SnapshotInfo:
+def identity(snapshot: SnapshotInfo) -> SnapshotInfo:
     """What stays the same of a snapshot wherever its entry is written."""
     return snapshot._replace(position=0, host_offset=0)
 
 
-def _judge_l1(entry: TableEntry, header: ImageHeader) -> None:
+def judge_l1(entry: TableEntry, header: ImageHeader) -> None:
     """The rules for a snapshot's L1 table; those for the active one are the header's."""
     offset, where = entry.l1_table_offset, entry.info.host_offset
     if offset % header.cluster_size:

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from construct import Container
 
@@ -111,6 +111,13 @@ def is_same_snapshot(old: bytes, new: bytes) -> bool:
         return False
     before, after = layout.SnapshotTableEntry.parse(old), layout.SnapshotTableEntry.parse(new)
     return _carried_over(before) == _carried_over(after) and before.disk_size in (None, after.disk_size)
+
+
+class Watch(Protocol):
+    """Knows whether a snapshot still stands."""
+
+    def confirm(self) -> None:
+        """Return if all that was copied from the snapshot before this call is right. Otherwise SnapshotGone."""
 
 
 class SnapshotWatch:

@@ -12,7 +12,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,12 @@ class Run(NamedTuple):
     end: int
     kind: int
     host: int
+
+
+class TableInFile(Protocol):
+    """An L2 table, decoded or not, that has its place in the file."""
+
+    host_offset: int
 
 
 class L2Table:
@@ -124,7 +130,7 @@ class L2Tables:
             self._cache.put(host_offset, table, table.nbytes)
         return table
 
-    def entry_offset(self, table: L2Table, start: int) -> int:
+    def entry_offset(self, table: TableInFile, start: int) -> int:
         """Where in the file the entry is that describes byte `start` of what the table describes."""
         return table.host_offset + start // self._header.cluster_size * self._header.l2_entry_size
 

@@ -31,8 +31,8 @@ from qcow2snap.block.node import (
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.compressed import CompressedClusters
 from qcow2snap.block.qcow2.header import ImageHeader
-from qcow2snap.block.qcow2.in_use import SnapshotWatch
-from qcow2snap.block.qcow2.l2 import HAS_HOST, Kind, L2Table, L2Tables
+from qcow2snap.block.qcow2.in_use import Watch
+from qcow2snap.block.qcow2.l2 import HAS_HOST, Kind, L2Table, L2Tables, TableInFile
 from qcow2snap.block.qcow2.refcount import has_preallocated_metadata
 
 _L1_OFFSET = L1TableEntry.mask("offset")
@@ -78,7 +78,7 @@ class Mapping(NamedTuple):
     length: int
     kind: int
     host: int
-    table: L2Table | None
+    table: TableInFile | None
     in_table: int  # bytes from the start of what the table describes
 
     @property
@@ -124,8 +124,10 @@ class View(BlockNode):
     owns     nothing
     """
 
+    _keeps_last_part = True  # of a compressed cluster; what it maps does not change
+
     def __init__(
-        self, image: Image, l1: L1Table, *, start: int, size: int, has_backing: bool, watch: SnapshotWatch | None = None
+        self, image: Image, l1: L1Table, *, start: int, size: int, has_backing: bool, watch: Watch | None = None
     ) -> None:
         self._image = image
         # Kept here, as each read asks for them, and the header takes a microsecond to tell.
@@ -287,7 +289,7 @@ class View(BlockNode):
             raise self._located(error, mapping.offset, mapping.length) from None
         view = memoryview(cluster)
         cursor.copy(view[in_cluster : in_cluster + mapping.length])
-        if self._watch is None:
+        if self._watch is None and self._keeps_last_part:
             start = mapping.offset - in_cluster
             self._last_part = start, start + len(view), view
 

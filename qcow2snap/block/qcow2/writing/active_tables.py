@@ -190,6 +190,10 @@ class ActiveTables:
 
     # -- to the disk --------------------------------------------------------------------------------------------------
 
+    @property
+    def is_dirty(self) -> bool:
+        return bool(self._dirty or self._dirty_l1)
+
     def collect(self, batch: Batch) -> None:
         for table in self._dirty.values():
             start, end = table.dirty_start, table.dirty_end

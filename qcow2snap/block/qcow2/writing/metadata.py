@@ -5,7 +5,7 @@ For whoever changes an image as a whole (snapshots, resizing); what a guest writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from qcow2snap.block.qcow2.header import ImageHeader
 from qcow2snap.block.qcow2.writing.active_tables import ActiveTables, from_big_endian
 from qcow2snap.block.qcow2.writing.entries import COMPRESSED, COPIED, L1_OFFSET, OFFSET
 from qcow2snap.block.qcow2.writing.image_file import ImageFile
-from qcow2snap.block.qcow2.writing.order import Stage, TableWrite, WriteOrder
+from qcow2snap.block.qcow2.writing.order import Stage, WriteOrder
 from qcow2snap.block.qcow2.writing.overlap import Section, Sections
 from qcow2snap.block.qcow2.writing.refcounts import Refcounts
 from qcow2snap.block.qcow2.writing.tree import tree_references, with_copied_flags
@@ -151,7 +151,3 @@ class Metadata:
     def commit(self) -> None:
         """Not locked. All that has changed is on disk when this returns, and what was released is free."""
         self.order.commit()
-
-    def on_overlap(self, call: Callable[[Section, TableWrite], Qcow2SnapError]) -> None:
-        """What to raise, after what, instead of a write over metadata."""
-        self.order.on_overlap = call

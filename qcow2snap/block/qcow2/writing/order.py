@@ -95,6 +95,9 @@ class Batch:
 class Source(Protocol):
     """Tables in memory that differ from the file."""
 
+    @property
+    def is_dirty(self) -> bool: ...
+
     def collect(self, batch: Batch) -> None:
         """Put all that differs into a batch, as it is now. Called with the lock held."""
 
@@ -145,9 +148,10 @@ class WriteOrder:
         self._released: list[Release] = []
         # Released by what is committed, but perhaps still used by those who began before a generation.
         self._waiting: list[tuple[int, list[Release]]] = []
-        # May raise to say that a table lies where another is: whoever owns the image marks it corrupt.
-        self.on_overlap: Callable[[Section, TableWrite], Qcow2SnapError] | None = None
-        self.before_references: Callable[[], None] = lambda: None  # once more before the first reference is written
+        # Gives what to raise when a table would overwrite another one, and marks the image: host offset, what happened.
+        self.corrupt: Callable[[int, str], Qcow2SnapError] = lambda offset, what: Qcow2SnapError(
+            f"{what} ({offset:#x})"
+        )
 
     def set_sources(self, counts: Counts, sources: Iterable[Source]) -> None:
         self._counts = counts
@@ -194,9 +198,15 @@ class WriteOrder:
             if self._waiting:
                 self._reuse()
 
-    def flush(self) -> None:
-        """As commit, for a guest's flush."""
-        self.commit()
+    @property
+    def is_clean(self) -> bool:
+        """Whether the file has all that is in memory, as far as tables go, and nothing waits to be free."""
+        return not (self._released or self._waiting or self._queued or any(source.is_dirty for source in self._sources))
+
+    def write_back(self) -> None:
+        """Bring what has changed of the tables to the file, if anything has."""
+        if not self.is_clean:
+            self.commit()
 
     def _collect(self) -> Batch:
         batch = Batch()
@@ -214,8 +224,6 @@ class WriteOrder:
                 continue
             if written or stage >= Stage.REFERENCES:
                 self._barrier()
-            if stage is Stage.REFERENCES:
-                self.before_references()
             with self.lock:
                 batch.begin(stage)
                 self._check(writes)
@@ -227,8 +235,9 @@ class WriteOrder:
     def _check(self, writes: Iterable[TableWrite]) -> None:
         for write in writes:
             found = self._sections.overlap(write.offset, len(write.data), write.section)
-            if found is not None and self.on_overlap is not None:
-                raise self.on_overlap(found, write)
+            if found is not None:
+                what = "other metadata" if write.section is None else f"the {write.section.value}"
+                raise self.corrupt(write.offset, f"{what} would be written over the {found.value}")
 
     def _barrier(self) -> None:
         if self._data_file is not None:

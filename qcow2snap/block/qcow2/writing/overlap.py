@@ -10,6 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import Enum
 
+from qcow2snap.block.node import UnsupportedFeature
+
+MAX_CLUSTERS = 1 << 21  # of metadata: 4 TiB of an image with clusters of 4 KiB
+
 
 class Section(Enum):
     """QEMU's QCow2MetadataOverlap (block/qcow2.h)."""
@@ -27,12 +31,14 @@ class Section(Enum):
 class Sections:
     """Clusters by what they hold. For one thread at a time; offsets and lengths are bytes of the file.
 
-    memory  some 100 bytes for each cluster of metadata, of which there is one to some thousand clusters of data
+    memory  some 100 bytes for each cluster of metadata, of which there is one to some hundred clusters of data
+    errors  UnsupportedFeature for more than MAX_CLUSTERS
     """
 
     def __init__(self, cluster_bits: int) -> None:
         self._bits = cluster_bits
         self._sections: dict[int, Section] = {}
+        self._added = 0
         self._contested: set[int] = set()  # clusters that two tables claim
 
     def add(self, section: Section, offset: int, length: int) -> None:
@@ -40,12 +46,15 @@ class Sections:
 
     def add_clusters(self, section: Section, clusters: Iterable[int]) -> None:
         for cluster in clusters:
+            self._added += 1
+            if self._added > MAX_CLUSTERS:
+                raise UnsupportedFeature("the image has too much metadata to be written; it can be read")
             if self._sections.setdefault(cluster, section) is not section:
                 self._contested.add(cluster)
 
     def remove(self, offset: int, length: int) -> None:
         for cluster in self._clusters(offset, length):
-            self._sections.pop(cluster, None)
+            self._added -= self._sections.pop(cluster, None) is not None
             self._contested.discard(cluster)
 
     def overlap(self, offset: int, length: int, ignore: Section | None = None) -> Section | None:

@@ -59,6 +59,8 @@ class Refcounts:
         self._blocks: dict[int, RefcountBlock] = {}
         self._dirty: set[int] = set()  # of _blocks
         self._on_the_way: set[int] = set()  # of _blocks, taken by the last batch: the file may not have them yet
+        # Clusters from here on were never written: a hole of the file, or behind its end.
+        self.untouched = self._limit if file.is_block_device else -(-file.size >> header.cluster_bits)
         self._free = 1  # no free cluster is before this one
         sections.add(Section.REFCOUNT_TABLE, self.table_offset, 8 * len(self.table))
         sections.add_clusters(Section.REFCOUNT_BLOCK, (each >> self._cluster_bits for each in self.table if each))
@@ -177,11 +179,16 @@ class Refcounts:
             raise NoSpace(f"{self._file.filename}: no {count} free clusters are left")
         found = self._sections.overlap(first << self._cluster_bits, count << self._cluster_bits)
         if found is not None:
-            what = f"a cluster at {first << self._cluster_bits:#x} with refcount 0 holds a part of the {found.value}"
-            raise rules.REFCOUNT_TOO_LOW.broken(first << self._cluster_bits, what)
+            offset = first << self._cluster_bits
+            raise self._order.corrupt(offset, f"a cluster with refcount 0 holds a part of the {found.value}")
+        self.untouched = max(self.untouched, first + count)
         self._free = first + count  # before blocks are made for them, which are looked for from there on
         self.add(first, count, 1)
         return first
+
+    def look_from(self, cluster: int) -> None:
+        """Give out no cluster before this one, until another one becomes free there."""
+        self._free = max(self._free, cluster)
 
     def _find_free(self, count: int) -> int:
         """The first of `count` free clusters in a row. What no block describes is free."""
@@ -236,6 +243,7 @@ class Refcounts:
             return self._make_block(index)
         if cluster >= self._limit:
             raise NoSpace(f"{self._file.filename}: no free cluster is left")
+        self.untouched = max(self.untouched, cluster + 1)
         block = RefcountBlock(cluster << self._cluster_bits, self._refcount_order, self.per_block)
         self._blocks[index] = block
         self._dirty.add(index)
@@ -261,6 +269,7 @@ class Refcounts:
         if first + clusters > self._limit:
             raise NoSpace(f"{self._file.filename}: no room is left for a larger refcount table")
         old_offset, old_size = self.table_offset, 8 * len(self.table)
+        self.untouched = max(self.untouched, first + clusters)
         self.table.extend([0] * (size - len(self.table)))
         self.table_offset = first << self._cluster_bits
         self._table_moved = True
@@ -272,6 +281,10 @@ class Refcounts:
         self._order.release(range(start, start + (old_size >> self._cluster_bits)))
 
     # -- to the disk --------------------------------------------------------------------------------------------------
+
+    @property
+    def is_dirty(self) -> bool:
+        return bool(self._dirty) or self._table_moved or self._table_dirty[0] < self._table_dirty[1]
 
     def collect(self, batch: Batch) -> None:
         for index in sorted(self._dirty):

@@ -78,6 +78,12 @@ def compressed_clusters(
     return offset >> bits, (end - np.uint64(1)) >> bits
 
 
+def compressed_range(entry: int, header: ImageHeader) -> tuple[int, int]:
+    """The first and the last cluster that the data of one compressed cluster lies in."""
+    first, last = compressed_clusters(np.array([entry], dtype=np.uint64), header)
+    return int(first[0]), int(last[0])
+
+
 def with_copied_flags(
     words: NDArray[np.uint64], refcounts: NDArray[np.uint64], header: ImageHeader
 ) -> NDArray[np.uint64]:

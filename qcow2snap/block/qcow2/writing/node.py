@@ -1,0 +1,182 @@
+"""A qcow2 image that is written: its active disk as a node for reading and writing, its snapshots as ever.
+
+One process has the image, with threads: what is read of the active disk comes from the tables that are being changed.
+Snapshots are read from the file, where nothing that they refer to changes as long as they stand.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+from formats.qcow2 import IncompatibleFeature
+from qcow2snap.block.node import (
+    BlockNode,
+    Buffer,
+    ChangedExtent,
+    FileError,
+    Qcow2SnapError,
+    SnapshotGone,
+    SnapshotInfo,
+    UnsupportedFeature,
+)
+from qcow2snap.block.qcow2.driver import CLUSTER_CACHE_SIZE, TABLE_CACHE_SIZE, Qcow2Node
+from qcow2snap.block.qcow2.epoch import Epoch, identity, judge_l1
+from qcow2snap.block.qcow2.header import ImageHeader
+from qcow2snap.block.qcow2.in_use import Look
+from qcow2snap.block.qcow2.snapshot_table import SnapshotTable, read_snapshot_table
+from qcow2snap.block.qcow2.view import View
+from qcow2snap.block.qcow2.writing.active_view import ActiveView
+from qcow2snap.block.qcow2.writing.bitmaps_in_use import BitmapsInUse
+from qcow2snap.block.qcow2.writing.header_state import HeaderState, refuse_unwritable
+from qcow2snap.block.qcow2.writing.image_file import ImageFile
+from qcow2snap.block.qcow2.writing.metadata import Metadata
+from qcow2snap.block.qcow2.writing.repair import repair_refcounts
+from qcow2snap.block.qcow2.writing.writer import Writer
+from qcow2snap.block.qcow2.writing.zeroing import Zeroing
+
+logger = logging.getLogger(__name__)
+
+_COMMITS_AT_CLOSE = 3  # the second writes what the first made free, the third finds nothing
+
+
+class Standing:
+    """Whether a snapshot stands, which only this process decides (in_use.Watch)."""
+
+    def __init__(self, filename: str, snapshot: SnapshotInfo) -> None:
+        self._filename = filename
+        self._snapshot = snapshot
+        self.is_gone = False
+
+    def confirm(self) -> None:
+        if self.is_gone:
+            raise SnapshotGone(f"{self._filename}: snapshot {self._snapshot} was deleted from the image meanwhile")
+
+
+class WritableQcow2Node(Qcow2Node):
+    """The active disk of a qcow2 image, for reading and writing, with access to its snapshots.
+
+    size     of the disk, now
+    threads  any; a flush makes durable what was written before it, by whomever
+    errors   as Qcow2Node and Writer. When built: UnsupportedFeature for images that must not be written (corrupt,
+             encrypted), ImageFormatError for those whose metadata cannot be followed
+    close    all is on disk and nothing leaks; it fails like a write
+    """
+
+    read_only = False
+
+    def __init__(
+        self,
+        file: ImageFile,
+        header: ImageHeader,
+        *,
+        data_file: ImageFile | None = None,
+        backing: BlockNode | None = None,
+        table_cache_size: int = TABLE_CACHE_SIZE,
+        cluster_cache_size: int = CLUSTER_CACHE_SIZE,
+    ) -> None:
+        refuse_unwritable(header, file.filename)
+        self._standing: dict[SnapshotInfo, Standing] = {}
+        self.metadata: Metadata
+        super().__init__(
+            file,
+            header,
+            data_file=data_file,
+            backing=backing,
+            table_cache_size=table_cache_size,
+            cluster_cache_size=cluster_cache_size,
+        )
+        table = self.snapshot_table
+        try:
+            for entry in table.entries:
+                judge_l1(entry, header)
+            self.metadata = Metadata(
+                file, header, data_file=data_file, snapshots=table.entries, table_cache_size=table_cache_size
+            )
+            self._bitmaps_in_use = BitmapsInUse(file, header)
+        except Qcow2SnapError as error:
+            if hasattr(error, "filename"):
+                error.filename = file.filename
+            raise
+        self._header_state = HeaderState(file, header)
+        self.metadata.order.corrupt = self._header_state.corrupt
+        if header.incompatible_features & IncompatibleFeature.DIRTY:
+            self._repair(table)
+        self._active = ActiveView(self._new_image(), self.metadata)
+        self.writer = Writer(self.metadata, self._active, self._header_state, self._before_first_change)
+        self._zeroing = Zeroing(self.writer)
+
+    def _first_epoch(self) -> Epoch:
+        return self._epoch_of(read_snapshot_table(self.file, self.header))
+
+    def _epoch_of(self, table: SnapshotTable) -> Epoch:
+        """The snapshots of a table. Those that were known still stand, or have gone, as before."""
+        if table.damage is not None:
+            raise UnsupportedFeature(
+                f"{self.filename}: its snapshot table is damaged, so it cannot be written: {table.damage.detail}"
+            )
+        standing = self._standing
+        for entry in table.entries:
+            standing.setdefault(identity(entry.info), Standing(self.filename, entry.info))
+        watches = [standing[identity(entry.info)] for entry in table.entries]
+        return Epoch(self.file, self.header, self._new_image, Look(b"", table), watches)
+
+    def _repair(self, table: SnapshotTable) -> None:
+        wrong = repair_refcounts(self.metadata, table)
+        self._header_state.clear_dirty()
+        features = self.header.incompatible_features & ~IncompatibleFeature.DIRTY
+        self.header = self.header._replace(incompatible_features=IncompatibleFeature(features))
+        logger.warning("%s: was not closed cleanly; %d refcounts were wrong and are repaired", self.filename, wrong)
+
+    def _before_first_change(self) -> None:
+        self._header_state.clear_unknown_autoclear()
+        self._bitmaps_in_use.mark()
+
+    # -- BlockNode ----------------------------------------------------------------------------------------------------
+
+    def view(self, snapshot: SnapshotInfo | None) -> View:
+        return self._active if snapshot is None else super().view(snapshot)
+
+    def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self._active.preadv(offset, buffers)
+
+    def pwritev(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        self.writer.pwritev(offset, buffers)
+
+    def pwrite_zeroes(self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False) -> None:
+        self._zeroing.pwrite_zeroes(offset, length, may_unmap=may_unmap, no_fallback=no_fallback)
+
+    def pdiscard(self, offset: int, length: int) -> None:
+        self._zeroing.pdiscard(offset, length)
+
+    def flush(self) -> None:
+        self.metadata.commit()
+
+    def close(self) -> None:
+        failure: Qcow2SnapError | None = None
+        try:
+            for _ in range(_COMMITS_AT_CLOSE):
+                if self.metadata.order.is_clean:
+                    break
+                self.metadata.commit()
+        except Qcow2SnapError as error:
+            failure = error
+        super().close()
+        if failure is not None:
+            raise FileError(f"{self.filename}: not all could be written when it was closed: {failure}") from failure
+
+    # -- snapshots ----------------------------------------------------------------------------------------------------
+
+    def refresh(self) -> bool:
+        """Nobody but this process changes the image."""
+        return False
+
+    def changes(
+        self, since: SnapshotInfo | None, state: SnapshotInfo | None, offset: int = 0, length: int | None = None
+    ) -> Iterator[ChangedExtent]:
+        if None not in (since, state):
+            return super().changes(since, state, offset, length)
+        # It is read from the file: tables of the active disk go there first, and stay until it has been read.
+        self.metadata.order.write_back()
+        with self.metadata.users.using():
+            return iter(list(super().changes(since, state, offset, length)))

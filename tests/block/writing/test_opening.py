@@ -1,0 +1,233 @@
+"""Which images are written, and what happens to one before and after: header marks, bitmaps, refcounts, locks."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from qcow2snap.block.graph import open_image, open_writable
+from qcow2snap.block.node import ImageFormatError, ImageInUse, OutOfRange, UnsupportedFeature
+from qcow2snap.block.qcow2.writing.node import WritableQcow2Node
+from tests.conftest import NewImage
+from tests.support import qemu_img, qemu_info, qemu_io, table
+
+DIRTY, CORRUPT = 1, 2
+INCOMPATIBLE, AUTOCLEAR = 72, 88  # in the header
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[WritableQcow2Node]:
+    node = open_writable(str(path))
+    try:
+        yield node
+    finally:
+        node.close()
+
+
+def is_sound(path: Path) -> bool:
+    return qemu_img("check", "-q", path, check=False).returncode == 0
+
+
+def test_an_image_that_is_only_opened_is_not_changed(new_image: NewImage) -> None:
+    path = new_image("1M").write(0, 100_000).snapshot("s").patch(AUTOCLEAR, struct.pack(">Q", 1 << 40)).path
+    before = path.read_bytes()
+    with writing(path) as node:
+        assert node.pread(0, 512) != bytes(512)
+        node.flush()
+    assert path.read_bytes() == before
+
+
+def test_unknown_autoclear_bits_are_cleared_by_the_first_write(new_image: NewImage) -> None:
+    path = new_image("1M").patch(AUTOCLEAR, struct.pack(">Q", 1 << 40)).path
+    with writing(path) as node:
+        node.pwritev(0, [memoryview(b"x")])
+        assert table.field(path, AUTOCLEAR) == 0
+    assert is_sound(path)
+
+
+def test_a_bitmap_that_records_is_marked_in_use_and_one_that_does_not_stays_right(new_image: NewImage) -> None:
+    path = new_image("1M").path
+    for name in ("records", "rests"):
+        qemu_img("bitmap", "--add", path, name)
+    qemu_img("bitmap", "--disable", path, "rests")
+    qemu_io(path, "write 0 1000")
+    with writing(path) as node:
+        assert sorted(node.dirty_bitmaps()) == ["records", "rests"]
+        node.pwritev(600_000, [memoryview(b"x" * 1000)])
+        assert node.dirty_bitmaps() == ["rests"]
+    bitmaps = qemu_info(path)["format-specific"]["data"]["bitmaps"]
+    assert {bitmap["name"]: bitmap["flags"] for bitmap in bitmaps} == {"records": ["in-use", "auto"], "rests": []}
+    assert is_sound(path)
+
+
+def test_a_discard_or_zeros_mark_bitmaps_as_well(new_image: NewImage) -> None:
+    for number, change in enumerate(("pdiscard", "pwrite_zeroes")):
+        path = new_image("1M", name=f"{number}.qcow2").write(0, 100_000).path
+        qemu_img("bitmap", "--add", path, "records")
+        with writing(path) as node:
+            getattr(node, change)(0, 65536)
+            assert node.dirty_bitmaps() == []
+
+
+@pytest.mark.parametrize("layout", [{}, {"cluster_size": 512, "refcount_bits": 1}, {"extended_l2": True}])
+def test_a_dirty_image_gets_its_refcounts_back(new_image: NewImage, layout: dict[str, object]) -> None:
+    image = new_image("4M", lazy_refcounts=True, **layout)
+    if "refcount_bits" not in layout:
+        image.write(0, 300_000).snapshot("s")
+    path = image.path
+    qemu_io(path, "write -P 5 100000 2000000", "flush", "abort", check=False)
+    assert table.field(path, INCOMPATIBLE) & DIRTY
+    with writing(path) as node:
+        assert node.pread(100_000, 2_000_000) == b"\5" * 2_000_000
+        node.pwritev(3_000_000, [memoryview(b"x" * 100_000)])
+    assert not table.field(path, INCOMPATIBLE) & DIRTY
+    assert is_sound(path)
+
+
+def test_a_dirty_image_is_not_repaired_by_a_reader(new_image: NewImage) -> None:
+    path = new_image("1M", lazy_refcounts=True).path
+    qemu_io(path, "write 0 65536", "flush", "abort", check=False)
+    before = path.read_bytes()
+    open_image(str(path)).close()
+    assert path.read_bytes() == before
+
+
+def test_an_image_that_is_marked_corrupt_is_refused(new_image: NewImage) -> None:
+    path = new_image("1M").patch(INCOMPATIBLE, struct.pack(">Q", CORRUPT)).path
+    with pytest.raises(UnsupportedFeature, match="marked corrupt and cannot be written"):
+        open_writable(str(path))
+    open_image(str(path)).close()
+
+
+def test_an_encrypted_image_is_refused(new_image: NewImage) -> None:
+    path = new_image("1M").patch(32, struct.pack(">I", 1)).path
+    with pytest.raises(UnsupportedFeature, match="encrypted"):
+        open_writable(str(path))
+
+
+def test_a_damaged_snapshot_table_is_refused(new_image: NewImage) -> None:
+    image = new_image("1M").snapshot("s")
+    image.patch(60, struct.pack(">I", 2))
+    with pytest.raises(UnsupportedFeature, match="snapshot table is damaged"):
+        open_writable(str(image.path))
+
+
+@pytest.mark.parametrize(
+    ("offset", "what"),
+    [(48, struct.pack(">Q", 0x10001)), (56, struct.pack(">I", 0)), (56, struct.pack(">I", 1 << 30))],
+    ids=["not aligned", "empty", "too large"],
+)
+def test_a_refcount_table_that_cannot_be_right_is_refused(new_image: NewImage, offset: int, what: bytes) -> None:
+    image = new_image("1M").patch(offset, what)
+    with pytest.raises(ImageFormatError, match="refcount table"):
+        open_writable(str(image.path))
+
+
+def _l2_entry(path: Path) -> int:
+    """Where the first L2 entry is."""
+    return table.field(path, table.field(path, 40)) & 0x00FFFFFFFFFFFE00
+
+
+@pytest.mark.parametrize("where", ["header", "refcount table", "refcount block", "active L1 table", "active L2 table"])
+def test_a_write_that_would_overwrite_metadata_is_refused_and_the_image_marked(new_image: NewImage, where: str) -> None:
+    image = new_image("1M").write(0, 65536).write(65536, 65536)
+    path = image.path
+    entry = _l2_entry(path)
+    target = {
+        "header": 0,
+        "refcount table": table.field(path, 48),
+        "refcount block": table.field(path, table.field(path, 48)),
+        "active L1 table": table.field(path, 40),
+        "active L2 table": entry,
+    }[where]
+    image.patch(entry, struct.pack(">Q", target | 1 << 63))
+    with writing(path) as node:
+        before = path.read_bytes()
+        with pytest.raises(ImageFormatError, match=where):
+            node.pwritev(0, [memoryview(b"x" * 512)])
+        with pytest.raises(ImageFormatError, match=where):  # nor anything else from then on
+            node.pwritev(500_000, [memoryview(b"x" * 512)])
+    after = path.read_bytes()
+    assert before[:72] == after[:72]
+    assert before[80:] == after[80:]
+    assert qemu_info(path)["format-specific"]["data"]["corrupt"] is True
+
+
+def test_an_allocation_over_metadata_is_refused_and_the_image_marked(new_image: NewImage) -> None:
+    """A refcount block that forgot the L2 table."""
+    image = new_image("1M").write(0, 65536)
+    path = image.path
+    block = table.field(path, table.field(path, 48))
+    image.patch(block + 2 * (_l2_entry(path) // 65536), bytes(2))
+    with writing(path) as node, pytest.raises(ImageFormatError, match="active L2 table"):
+        node.pwritev(500_000, [memoryview(b"x" * 512)])
+    assert qemu_info(path)["format-specific"]["data"]["corrupt"] is True
+
+
+def test_others_are_kept_out_while_it_is_written(new_image: NewImage) -> None:
+    path = new_image("1M").write(0, 512).path
+    with writing(path):
+        for command in (["info", path], ["check", path], ["snapshot", "-c", "s", path]):
+            result = qemu_img(*command, check=False)
+            assert result.returncode != 0
+            assert "lock" in result.stderr
+        with pytest.raises(ImageInUse):
+            open_writable(str(path))
+        with pytest.raises(ImageInUse):
+            open_image(str(path))
+        qemu_img("info", "-U", path)
+    qemu_img("info", path)
+
+
+def test_an_image_that_somebody_reads_is_not_written(new_image: NewImage) -> None:
+    path = new_image("1M").path
+    reader = open_image(str(path))
+    with pytest.raises(ImageInUse):
+        open_writable(str(path))
+    reader.close()
+
+
+def test_what_lies_beyond_the_disk_is_out_of_range(new_image: NewImage) -> None:
+    with writing(new_image("1M").path) as node:
+        for change in (lambda: node.pwritev((1 << 20) - 1, [memoryview(b"xx")]), lambda: node.pdiscard(1 << 20, 1)):
+            with pytest.raises(OutOfRange):
+                change()
+
+
+def test_space_that_is_discarded_goes_back_to_the_file_system(new_image: NewImage) -> None:
+    path = new_image("32M").write(0, 32 << 20, 7).path
+    with writing(path) as node:
+        before = path.stat().st_blocks * 512
+        node.pdiscard(0, 16 << 20)
+        node.flush()
+        assert before - path.stat().st_blocks * 512 > 15 << 20
+        node.pwrite_zeroes(16 << 20, 8 << 20, may_unmap=True)
+        node.flush()
+        assert before - path.stat().st_blocks * 512 > 23 << 20
+        allocated = path.stat().st_size
+        node.pwritev(0, [memoryview(b"x" * (20 << 20))])
+    assert path.stat().st_size < allocated + (2 << 20)  # what is free is used first
+    assert is_sound(path)
+
+
+def test_a_snapshot_is_read_unchanged_while_the_disk_is_written(new_image: NewImage) -> None:
+    image = new_image("4M", cluster_size=4096).write(0, 4 << 20).snapshot("s")
+    expected = image.reference("s").read()
+    with writing(image.path) as node:
+        info = node.find_snapshot("s")
+        for round_number in range(3):
+            for offset in range(0, 4 << 20, 100_000):
+                node.pwritev(offset, [memoryview(bytes([round_number]) * 5000)])
+                assert node.view(info).pread(offset, 5000) == expected[offset : offset + 5000]
+            node.pdiscard(0, 1 << 20)
+            node.flush()
+        assert node.view(info).pread(0, 4 << 20) == expected
+        changed = sum(change.length for change in node.changes(info, None))
+        assert changed >= 1 << 20
+    assert is_sound(image.path)
+    assert json.loads(qemu_img("info", "--output=json", image.path).stdout)["snapshots"][0]["name"] == "s"
