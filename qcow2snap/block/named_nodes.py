@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
@@ -146,11 +146,10 @@ class Graph:
         if "node-name" not in options:
             raise InvalidOption("'node-name' must be specified for the root node")
         # With no request under way, there is no write that could be half in the snapshot.
-        with self._drained() if options["driver"] == _CBW else nullcontext(), ExitStack() as undo:
+        with self._drained_for(options), self._all_or_nothing() as undo:
             added = self._open(options, undo, is_owned=True)
             self._reroute()
-            undo.pop_all()
-            return added
+        return added
 
     def delete(self, name: str) -> None:
         found = self._nodes.get(name)
@@ -162,7 +161,8 @@ class Graph:
             raise NodeInUse(f"Node {name} is not owned by the monitor")
         if found.parents:
             raise NodeInUse(f"Block device {name} is in use")
-        with self._drained():
+        # Whoever writes to its disk may be about to tell a filter of it. All others are known to nobody any more.
+        with self._drained_for(found.options):
             found.is_owned = False
             self._drop_unused(found)
             self._reroute()
@@ -172,12 +172,12 @@ class Graph:
 
         Requests wait meanwhile, and go by the new child after it.
         """
-        with self._drained(), ExitStack() as undo:
+        with self._drained():
             left: list[NamedNode] = []
-            for options in all_options:
-                left += self._reopen(options, undo)
-            self._reroute()
-            undo.pop_all()
+            with self._all_or_nothing() as undo:
+                for options in all_options:
+                    left += self._reopen(options, undo)
+                self._reroute()
             for each in left:
                 self._drop_unused(each)
 
@@ -188,10 +188,10 @@ class Graph:
             raise NodeNotFound(f"Failed to find node with node-name='{parent}'")
         if child not in found.children:
             raise NodeNotFound(f"Node '{parent}' has no child named '{child}'")
-        with self._drained(), ExitStack() as undo:
-            old = self._exchange(found, child, self.get(new), undo)
-            self._reroute()
-            undo.pop_all()
+        with self._drained():
+            with self._all_or_nothing() as undo:
+                old = self._exchange(found, child, self.get(new), undo)
+                self._reroute()
             self._drop_unused(old)
 
     def attach(self, name: str, *, writable: bool) -> Root:
@@ -203,35 +203,33 @@ class Graph:
             raise ReadOnly("Block node is read-only")
         perm = Perm.CONSISTENT_READ | Perm.WRITE if writable else Perm.CONSISTENT_READ
         edge = Edge(None, "root", found, Use(perm, ALL & ~Perm.RESIZE))
-        with ExitStack() as undo:
+        with self._all_or_nothing() as undo:
             self._attach(edge, undo)
             root = Root(edge, self._as_seen(found, writable=writable))
             self._roots.append(root)
             undo.callback(self._roots.remove, root)
             self._reroute()
-            undo.pop_all()
-            return root
+        return root
 
     def release(self, root: Root) -> None:
         """Give a hold back. Its user has no request under way any more."""
         self._roots.remove(root)
         self._detach(root.edge)
-        with self._drained():
-            self._drop_unused(root.edge.child)
-            self._reroute()
+        self._drop_unused(root.edge.child)
+        self._reroute()
 
     def replace_root(self, root: Root, name: str) -> None:
         """Have another node of the same size for the same user."""
         new = self.get(name)
-        with self._drained(), ExitStack() as undo:
-            if not isinstance(root.node, BlockBackend):
-                raise NotSupported(f"{root.edge} cannot be changed: it was made to read the same for ever")
-            self._check_replacement(root.edge.child, new)
-            if root.edge.use.perm & Perm.WRITE and (new.read_only or new.node.read_only):
-                raise ReadOnly("Block node is read-only")
-            old = self._move(root.edge, new, undo)
-            self._reroute()
-            undo.pop_all()
+        if not isinstance(root.node, BlockBackend):
+            raise NotSupported(f"{root.edge} cannot be changed: it was made to read the same for ever")
+        self._check_replacement(root.edge.child, new)
+        if root.edge.use.perm & Perm.WRITE and new.node.read_only:
+            raise ReadOnly("Block node is read-only")
+        with self._drained():
+            with self._all_or_nothing() as undo:
+                old = self._move(root.edge, new, undo)
+                self._reroute()
             self._drop_unused(old)
 
     def close(self) -> None:
@@ -349,7 +347,14 @@ class Graph:
     def _attach_again(self, edge: Edge, old: NamedNode) -> None:
         edge.child = old
         self._attach(edge, ExitStack())
-        self._reroute()
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[ExitStack]:
+        """Undo what was entered there if the block fails, and have all go by the graph that is left."""
+        with ExitStack() as undo:
+            undo.callback(self._reroute)  # the last of all
+            yield undo
+            undo.pop_all()
 
     def _reroute(self) -> None:
         """Have every parent call what it is to call, now that the graph is another one."""
@@ -378,6 +383,10 @@ class Graph:
             detect_zeroes=zeroes != "off",
             unmap_zeroes=zeroes == "unmap",
         )
+
+    def _drained_for(self, options: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Where a node of these options comes or goes: drained, if others have to do with it at once."""
+        return self._drained() if options["driver"] == _CBW else nullcontext()
 
     @contextmanager
     def _drained(self) -> Iterator[None]:
