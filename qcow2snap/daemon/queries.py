@@ -8,7 +8,7 @@ from typing import Any
 from qcow2snap.block.file import FileNode
 from qcow2snap.block.graph import files_of
 from qcow2snap.block.named_nodes import Graph, NamedNode
-from qcow2snap.block.node import BlockNode, ChangeTracking, Qcow2SnapError, SnapshotAccess, UnsupportedFeature
+from qcow2snap.block.node import BlockNode, Qcow2SnapError, SnapshotAccess, UnsupportedFeature
 from qcow2snap.block.qcow2.driver import Qcow2Node
 from qcow2snap.daemon.exports import BlockExports
 from qcow2snap.forensics.describe import describe
@@ -42,39 +42,46 @@ def snapshots(node: NamedNode) -> list[dict[str, Any]]:
 
 def _node(node: NamedNode, *, flat: bool) -> dict[str, Any]:
     cache = node.options.get("cache", {})
+    files = [file for each in node.line() for file in _own_files(each.node)]
+    image = _image(node.node, node.options["driver"], files, flat=flat)
+    backing = node.node.backing if isinstance(node.node, Qcow2Node) else None
     return {
         **_NO_LIMITS,
         "node-name": node.name,
         "drv": node.options["driver"],
-        "file": _filename(node),
+        "file": image["filename"],
         "ro": node.read_only,
         "encrypted": False,
         "detect_zeroes": node.options.get("detect-zeroes", "off"),
         "cache": {"writeback": True, "direct": cache.get("direct", False), "no-flush": cache.get("no-flush", False)},
         "backing_file_depth": node.node.nb_backing,
+        **({} if backing is None else {"backing_file": _filename(backing)}),
         "active": True,
-        "image": _image(node, flat=flat),
-        **_dirty_bitmaps(node.node),
+        "image": image,
+        **_dirty_bitmaps(node.node, image),
     }
 
 
-def _image(node: NamedNode, *, flat: bool) -> dict[str, Any]:
+def _image(node: BlockNode, image_format: str, files: list[FileNode], *, flat: bool) -> dict[str, Any]:
+    """ImageInfo. `files`: those at the bottom, the nearest first; without `flat`, with the image below, and so on."""
     image: dict[str, Any] = {
-        "filename": _filename(node),
-        "format": node.options["driver"],
-        "virtual-size": node.node.size,
+        "filename": getattr(node, "filename", "") or next((file.filename for file in files), ""),
+        "format": image_format,
+        "virtual-size": node.size,
         "dirty-flag": False,
     }
-    files = [file for each in node.line() for file in _own_files(each.node)][:1]
     if files:
         image["actual-size"] = files[0].allocated_size()
-    if isinstance(node.node, FileNode):
-        image["format-specific"] = {"type": node.options["driver"], "data": {}}
-    if not isinstance(node.node, Qcow2Node):
+    if isinstance(node, FileNode):
+        image["format-specific"] = {"type": image_format, "data": {}}
+    if not isinstance(node, Qcow2Node):
         return image
-    image |= describe(node.node, [])
-    if found := node.node.snapshots():
+    image |= describe(node, [])
+    if found := node.snapshots():
         image["snapshots"] = [_without_size(snapshot_json(info)) for info in found]
+    if node.backing is not None and not flat:
+        below = "qcow2" if isinstance(node.backing, Qcow2Node) else "raw"
+        image["backing-image"] = _image(node.backing, below, _own_files(node.backing), flat=flat)
     return image
 
 
@@ -82,25 +89,23 @@ def _without_size(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name != "disk-size"}
 
 
-def _dirty_bitmaps(node: BlockNode) -> dict[str, Any]:
-    if isinstance(node, ChangeTracking) and isinstance(node, Qcow2Node):
-        with suppress(Qcow2SnapError):
-            bitmaps = node.dirty_bitmaps()
-            if bitmaps:
-                return {"dirty-bitmaps": [_bitmap(node, name) for name in bitmaps]}
-    return {}
+def _dirty_bitmaps(node: BlockNode, image: dict[str, Any]) -> dict[str, Any]:
+    """The bitmaps that can be read; image has the granularity of each."""
+    if not isinstance(node, Qcow2Node):
+        return {}
+    listed = image["format-specific"]["data"].get("bitmaps", ())
+    granularity = {bitmap["name"]: bitmap["granularity"] for bitmap in listed}
+    found = []
+    with suppress(Qcow2SnapError):
+        for name in node.dirty_bitmaps():
+            count = sum(length for _, length in node.dirty_extents(name, 0, node.size))
+            flags = {"recording": False, "persistent": True, "busy": False}
+            found.append({"name": name, "granularity": granularity.get(name, 0), "count": count, **flags})
+    return {"dirty-bitmaps": found} if found else {}
 
 
-def _bitmap(node: Qcow2Node, name: str) -> dict[str, Any]:
-    count = sum(length for _, length in node.dirty_extents(name, 0, node.size))
-    return {"name": name, "count": count, "recording": False, "persistent": True, "busy": False}
-
-
-def _filename(node: NamedNode) -> str:
-    for each in node.line():
-        if isinstance(name := getattr(each.node, "filename", None), str):
-            return name
-    return ""
+def _filename(node: BlockNode) -> str:
+    return getattr(node, "filename", "") or next((file.filename for file in _own_files(node)), "")
 
 
 def _own_files(node: BlockNode) -> list[FileNode]:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import NewImage
 from tests.daemon.conftest import StartDaemon
 from tests.daemon.storage_daemon import NEWER_QEMU, OURS, QEMU, StorageDaemon
 from tests.nbd.fleecing import SIZE, libnbd
 from tests.nbd.support import run
-from tests.support import require
+from tests.support import qemu_img, require
 
 # What guest and backup do, and what comes of it. Reads of the backup stay in one cluster, and none is structured: more
 # at once QEMU 7.2 reads wrongly. What is given back is a whole cluster: of a part of one, its daemon dies.
@@ -123,3 +124,66 @@ def test_a_schedule_of_guest_and_backup_has_one_outcome(
     for other in (QEMU, NEWER_QEMU):
         for ours, theirs in zip(outcomes[OURS], outcomes[other], strict=True):
             assert ours == theirs, other
+
+
+@pytest.mark.parametrize("other", [QEMU, NEWER_QEMU])
+def test_an_image_looks_the_same_in_every_context_and_query(
+    start_daemon: StartDaemon, other: str, new_image: NewImage
+) -> None:
+    base = new_image("2M").write(0, 500_000)
+    image = new_image("2M", backing=base).write(65_536, 200_000).write_zeroes(1 << 20, 131_072)
+    image.write(1_500_000, 60_000, 7, compressed=False).snapshot("monday")
+    qemu_img("bitmap", "--add", image.path, "changes")
+    image.write(300_000, 70_000)
+    seen = {}
+    for which in (OURS, other):
+        daemon = start_daemon(
+            "--blockdev", f"qcow2,node-name=image,read-only=on,file.driver=file,file.filename={image.path}",
+            "--export", "nbd,id=image,node-name=image,bitmaps.0=changes,allocation-depth=on",
+            which=which,
+        )  # fmt: skip
+        uri = daemon.uri("image")
+        contexts = ("base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:changes")
+        maps = [run("nbdinfo", f"--map={context}", uri) for context in contexts]
+        (node,) = [node for node in daemon.qmp.execute("query_named_block_nodes") if node["node-name"] == "image"]
+        told = {
+            name: node["image"].get(name) for name in ("virtual-size", "cluster-size", "backing-filename", "format")
+        }
+        told["snapshots"] = [
+            {name: each.get(name) for name in ("id", "name", "vm-state-size", "date-sec", "date-nsec", "vm-clock-sec")}
+            for each in node["image"]["snapshots"]
+        ]
+        told["specific"] = {
+            name: node["image"]["format-specific"]["data"].get(name)
+            for name in ("compat", "compression-type", "lazy-refcounts", "refcount-bits", "corrupt", "extended-l2")
+        }
+        told["bitmaps"] = [(each["name"], each["granularity"], each["count"]) for each in node["dirty-bitmaps"]]
+        told["below"] = node["image"]["backing-image"]["filename"], node["image"]["backing-image"]["virtual-size"]
+        assert set(node) - {"active"} >= {
+            "node-name",
+            "drv",
+            "file",
+            "ro",
+            "cache",
+            "detect_zeroes",
+            "image",
+            "encrypted",
+        }
+        seen[which] = (maps, told, sorted(set(node) - {"active"}))
+        daemon.stop()
+    assert seen[OURS] == seen[other]
+
+
+def test_no_bitmap_is_shown_that_was_not_asked_for(start_daemon: StartDaemon, new_image: NewImage) -> None:
+    image = new_image("1M")
+    qemu_img("bitmap", "--add", image.path, "one")
+    qemu_img("bitmap", "--add", image.path, "two")
+    daemon = start_daemon(
+        "--blockdev", f"qcow2,node-name=image,read-only=on,file.driver=file,file.filename={image.path}",
+        "--export", "nbd,id=none,node-name=image,name=none",
+        "--export", "nbd,id=one,node-name=image,name=one,bitmaps.0=one",
+    )  # fmt: skip
+    assert "dirty-bitmap" not in run("nbdinfo", daemon.uri("none"))
+    said = run("nbdinfo", daemon.uri("one"))
+    assert "qemu:dirty-bitmap:one" in said
+    assert "two" not in said
