@@ -243,6 +243,22 @@ def test_a_guest_waits_for_a_snapshot_read_in_flight(change: str) -> None:
     assert fleecing.is_intact()
 
 
+def test_a_second_write_waits_for_the_read_that_the_first_waits_for() -> None:
+    """What it finds copied already may still be read from the disk."""
+    fleecing = Fleecing()
+    with stopped(fleecing.disk, "read-half", at=0) as reading:
+        reader = Task(fleecing.read, 0, CLUSTER)
+        reading.wait_for_one()
+        fleecing.disk.hook = lambda *step: None
+        first = Task(fleecing.write, 0, 1)
+        assert first.waits()
+        second = Task(fleecing.write, CLUSTER - 1, 1)
+        assert second.waits()
+    assert reader.result() == fleecing.before[:CLUSTER]
+    first.result()
+    second.result()
+
+
 def test_a_guest_waits_for_a_question_about_zeros_in_flight() -> None:
     """If its write came between, holes would be told that were data."""
     fleecing = Fleecing()
