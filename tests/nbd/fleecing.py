@@ -37,6 +37,7 @@ def disk(tmp_path: Path) -> Path:
 
 
 Fleece = Callable[..., Serving]
+QemuGraph = Callable[..., tuple[str, str]]
 
 
 @pytest.fixture
@@ -44,8 +45,8 @@ def fleece(disk: Path, tmp_path: Path) -> Iterator[Fleece]:
     running = []
 
     def start(*arguments: str | Path) -> Serving:
-        where = [disk, "--target", tmp_path / "temp.raw", "-k", tmp_path / "s"]
-        running.append(Serving(*where, *arguments, command="fleece"))
+        where = ("--target", tmp_path / "temp.raw", "-k", tmp_path / "s")
+        running.append(Serving(disk, *where, *arguments, command="fleece"))
         return running[-1]
 
     yield start
@@ -68,11 +69,11 @@ def libnbd(script: str, *arguments: str) -> str:
 
 
 @pytest.fixture
-def qemu_graph(tmp_path: Path) -> Iterator[Callable[[Path], tuple[str, str]]]:
-    """QEMU's graph over a disk; gives the URIs of guest and backup."""
+def qemu_graph(tmp_path: Path) -> Iterator[QemuGraph]:
+    """QEMU's graph over a disk, by whichever qemu-storage-daemon; gives the URIs of guest and backup."""
     running = []
 
-    def start(disk: Path) -> tuple[str, str]:
+    def start(disk: Path, program: str | Path = "qemu-storage-daemon") -> tuple[str, str]:
         temp, where = tmp_path / "qemu-temp.raw", tmp_path / "q"
         temp.touch()
         os.truncate(temp, disk.stat().st_size)
@@ -82,7 +83,11 @@ def qemu_graph(tmp_path: Path) -> Iterator[Callable[[Path], tuple[str, str]]]:
             {"driver": "copy-before-write", "node-name": "cbw", "file": "disk", "target": "temp"},
             {"driver": "snapshot-access", "node-name": "access", "file": "cbw"},
         ]
-        command = [require("qemu-storage-daemon"), "--nbd-server", f"addr.type=unix,addr.path={where}"]
+        command = [
+            program if isinstance(program, Path) else require(program),
+            "--nbd-server",
+            f"addr.type=unix,addr.path={where}",
+        ]
         for node in nodes:
             command += ["--blockdev", json.dumps({**node, "discard": "unmap"})]
         for name, node_name in (("guest", "cbw"), ("backup", "access")):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -21,8 +22,10 @@ class Serving:
         stderr: int | IO[bytes] = subprocess.PIPE,
         process_group: int | None = None,
         command: str = "serve",
+        before: Sequence[str] = (),
     ) -> None:
-        words = [sys.executable, "-m", "qcow2snap", command, *map(str, arguments)]
+        """`before`: words in front of the command, which end with running it."""
+        words = [*before, sys.executable, "-m", "qcow2snap", command, *map(str, arguments)]
         env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
         self.process = subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=stderr, env=env, process_group=process_group

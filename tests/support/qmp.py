@@ -18,15 +18,22 @@ _NO_GUEST = ("-machine", "none", "-S")
 class RunningQemu:
     """qemu-system-x86_64 with one image as the node "disk". A context manager; on exit the process is gone.
 
-    file     blockdev options of what is below the qcow2 node
+    file     blockdev options of what is below the node
+    driver   the node's
     flush    whether QEMU waits for the disk; it is several times slower
     machine  command line options of the machine; without, there is none, and only the monitor writes
     """
 
     def __init__(
-        self, file: dict[str, Any], *, discard: str = "unmap", flush: bool = False, machine: tuple[str, ...] = _NO_GUEST
+        self,
+        file: dict[str, Any],
+        *,
+        driver: str = "qcow2",
+        discard: str = "unmap",
+        flush: bool = False,
+        machine: tuple[str, ...] = _NO_GUEST,
     ) -> None:
-        self._node = {"driver": "qcow2", "node-name": "disk", "discard": discard, "file": {**file, "discard": discard}}
+        self._node = {"driver": driver, "node-name": "disk", "discard": discard, "file": {**file, "discard": discard}}
         if not flush:
             self._node["cache"] = self._node["file"]["cache"] = {"no-flush": True}
         self._machine = machine
