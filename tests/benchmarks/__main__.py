@@ -8,7 +8,19 @@ import platform
 import subprocess
 import sys
 
-from tests.benchmarks import diff, extract, extract_qcow2, fleece, mapping, nbd_many, nbd_read, pairs, startup, writable
+from tests.benchmarks import (
+    diff,
+    extract,
+    extract_qcow2,
+    fleece,
+    mapping,
+    nbd_many,
+    nbd_read,
+    pairs,
+    startup,
+    writable,
+    write,
+)
 
 TOPICS = {
     "list": startup,
@@ -20,6 +32,7 @@ TOPICS = {
     "extract-qcow2": extract_qcow2,
     "writable": writable,
     "fleece": fleece,
+    "write": write,
 }
 
 

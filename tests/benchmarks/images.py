@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -102,6 +103,32 @@ def joined(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
             offset, length = whole[-1][0], whole.pop()[1] + length
         whole.append((offset, length))
     return whole
+
+
+def empty(size: int) -> Path:
+    """A disk of which nothing is written."""
+    return _made(f"empty-{size // _MIB}M.qcow2", lambda image: _create(image, size))
+
+
+def full(size: int) -> Path:
+    """A disk all of which is written, from its start to its end."""
+
+    def build(image: Path) -> None:
+        chunk = LAYOUTS["none"].chunk
+        _create(image, size)
+        _write(image, size, chunk, range(size // chunk), _contents(chunk))
+
+    return _made(f"full-{size // _MIB}M.qcow2", build)
+
+
+def kept(size: int) -> Path:
+    """The same, and a snapshot has all of it."""
+
+    def build(image: Path) -> None:
+        shutil.copyfile(full(size), image)
+        _snapshot(image, SNAPSHOT)
+
+    return _made(f"kept-{size // _MIB}M.qcow2", build)
 
 
 def many_snapshots(count: int) -> Path:

@@ -63,6 +63,29 @@ def qemu_nbd(image: Path, snapshot: str, *, tls: Path | None = None, shared: int
     return [setting(options) for options in _QEMU_SETTINGS]
 
 
+def writable(image: Path) -> Setting:
+    """Ours, of the active disk for writing and the snapshots beside it."""
+    return Setting("serve --writable", lambda path: [pairs.QCOW2SNAP, "serve", "--writable", "-k", path, image])
+
+
+def qemu_nbd_writable(image: Path) -> list[Setting]:
+    """qemu-nbd of the active disk, for writing, at each setting that may be its best."""
+
+    def setting(options: list[str]) -> Setting:
+        return Setting(
+            " ".join(options), lambda path: ["qemu-nbd", "-t", "-e", "8", "-f", "qcow2", *options, "-k", path, image]
+        )
+
+    return [setting(options) for options in _QEMU_SETTINGS]
+
+
+def qemu_nbd_in_use(image: Path, snapshot: str) -> Setting:
+    """qemu-nbd of a snapshot while another one has the image for writing."""
+    options = f"driver=qcow2,force-share=on,file.driver=file,file.filename={image}"
+    words = ["qemu-nbd", "-r", "-t", "-l", f"snapshot.name={snapshot}", "--image-opts"]
+    return Setting("force-share", lambda path: [*words, "-k", path, options])
+
+
 def nbdkit(raw: Path, *, tls: Path | None = None) -> list[Setting]:
     """nbdkit's file plugin at each setting that may be its best."""
     common = ["nbdkit", "-f", "-r"]
