@@ -23,6 +23,8 @@ _COMMANDS = {
     "info": "Describe an image: its size, format, features, snapshots and chain.",
     "map": "Show which parts of a disk or snapshot are allocated, and where they lie.",
     "create": "Make an empty qcow2 image.",
+    "resize": "Make the disk of an image larger.",
+    "snapshot": "Make, delete, apply and rename snapshots.",
     "extract": "Copy a disk, a snapshot or a VM state to a raw file or qcow2 image.",
     "diff": "Show which bytes differ between two snapshots, and how.",
     "check": "Check an image against the specification, rule by rule.",

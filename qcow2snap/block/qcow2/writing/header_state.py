@@ -75,6 +75,11 @@ class HeaderState:
                     logger.error("%s", failure)
         return error
 
+    def give_up(self, error: Qcow2SnapError) -> None:
+        """Refuse all changes from now on: what the file is, is not known any more."""
+        with self._lock:
+            self._broken = self._broken or error
+
     def _set_incompatible(self, features: int) -> None:
         if self._version >= 3 and features != self._incompatible:
             self._write(_INCOMPATIBLE_OFFSET, features)

@@ -24,7 +24,7 @@ from qcow2snap.block.qcow2.driver import CLUSTER_CACHE_SIZE, TABLE_CACHE_SIZE, Q
 from qcow2snap.block.qcow2.epoch import Epoch, identity, judge_l1
 from qcow2snap.block.qcow2.header import ImageHeader
 from qcow2snap.block.qcow2.in_use import Look
-from qcow2snap.block.qcow2.snapshot_table import SnapshotTable, read_snapshot_table
+from qcow2snap.block.qcow2.snapshot_table import SnapshotTable, TableEntry, read_snapshot_table
 from qcow2snap.block.qcow2.view import View
 from qcow2snap.block.qcow2.writing.active_view import ActiveView
 from qcow2snap.block.qcow2.writing.bitmaps_in_use import BitmapsInUse
@@ -32,6 +32,7 @@ from qcow2snap.block.qcow2.writing.header_state import HeaderState, refuse_unwri
 from qcow2snap.block.qcow2.writing.image_file import ImageFile
 from qcow2snap.block.qcow2.writing.metadata import Metadata
 from qcow2snap.block.qcow2.writing.repair import repair_refcounts
+from qcow2snap.block.qcow2.writing.snapshots import Snapshots
 from qcow2snap.block.qcow2.writing.writer import Writer
 from qcow2snap.block.qcow2.writing.zeroing import Zeroing
 
@@ -105,6 +106,13 @@ class WritableQcow2Node(Qcow2Node):
         self._active = ActiveView(self._new_image(), self.metadata)
         self.writer = Writer(self.metadata, self._active, self._header_state, self._before_first_change)
         self._zeroing = Zeroing(self.writer)
+        self._snapshots = Snapshots(
+            self.metadata,
+            table,
+            alone=self.writer.alone,
+            gone=self._mark_gone,
+            broken=self._header_state.give_up,
+        )
 
     def _first_epoch(self) -> Epoch:
         return self._epoch_of(read_snapshot_table(self.file, self.header))
@@ -166,6 +174,62 @@ class WritableQcow2Node(Qcow2Node):
             raise FileError(f"{self.filename}: not all could be written when it was closed: {failure}") from failure
 
     # -- snapshots ----------------------------------------------------------------------------------------------------
+
+    def create_snapshot(self, name: str, *, date_ns: int | None = None, vm_clock_nsec: int = 0) -> SnapshotInfo:
+        """Keep what the disk is at one moment: writes that are under way are in it whole, or not at all."""
+        snapshot = self._snapshots.create(name, date_ns=date_ns, vm_clock_nsec=vm_clock_nsec)
+        self._see_snapshots()
+        return snapshot
+
+    def delete_snapshot(self, snapshot: SnapshotInfo) -> None:
+        """Who reads it gets SnapshotGone from then on."""
+        try:
+            self._snapshots.delete(snapshot)
+        finally:
+            self._see_snapshots()
+
+    def rename_snapshot(self, snapshot: SnapshotInfo, name: str) -> SnapshotInfo:
+        renamed = self._snapshots.rename(snapshot, name)
+        self._standing[identity(renamed)] = self._standing.pop(identity(snapshot))
+        self._see_snapshots()
+        return renamed
+
+    def apply_snapshot(self, snapshot: SnapshotInfo) -> None:
+        """Make the disk what the snapshot is, with its size. Nobody may be reading the disk."""
+        self._snapshots.apply(snapshot)
+        self._see_size()
+
+    def resize(self, size: int) -> None:
+        """Make the disk larger. What is new reads as zeros, when the size says that it is there."""
+        before = self.size
+        self._snapshots.grow(size)
+        self._see_size()
+        self._active.size = size
+        try:
+            self._zero_behind(before)
+            self._snapshots.set_size(size)
+        finally:
+            self._see_size()
+
+    def _mark_gone(self, entry: TableEntry) -> None:
+        self._standing.pop(identity(entry.info)).is_gone = True
+
+    def _see_snapshots(self) -> None:
+        self.header = self.metadata.header
+        self._epoch = self._epoch_of(SnapshotTable(self._snapshots.entries))
+
+    def _see_size(self) -> None:
+        self.header = self.metadata.header
+        self.size = self._active.size = self.header.size
+
+    def _zero_behind(self, end: int) -> None:
+        """What the disk's last cluster has behind its end, and what a longer backing file would show there."""
+        stop = -(-end // self.header.cluster_size) * self.header.cluster_size
+        if self.backing is not None:
+            stop = max(stop, self.backing.size)
+        stop = min(stop, self._active.size)
+        if end < stop:
+            self.pwrite_zeroes(end, stop - end, may_unmap=True)
 
     def refresh(self) -> bool:
         """Nobody but this process changes the image."""

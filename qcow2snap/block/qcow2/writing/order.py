@@ -31,19 +31,23 @@ of which there is nothing costs no flush: if only data was written, a flush of t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qcow2snap.block.node import Qcow2SnapError
+from qcow2snap.block.node import NotSupported, Qcow2SnapError
 from qcow2snap.block.qcow2.writing.image_file import ImageFile
 from qcow2snap.block.qcow2.writing.overlap import Section, Sections
 from qcow2snap.block.qcow2.writing.users import Users
 
 MAX_RELEASED = 1 << 14  # entries: more do not wait for the guest to flush, or the file would grow for ever
+_PATIENCE = 10.0  # seconds for which still() waits for readers
+_PAUSE = 0.001
 _PUNCH = 64 << 20  # bytes: no longer holes are made at once
 
 
@@ -202,6 +206,23 @@ class WriteOrder:
     def is_clean(self) -> bool:
         """Whether the file has all that is in memory, as far as tables go, and nothing waits to be free."""
         return not (self._released or self._waiting or self._queued or any(source.is_dirty for source in self._sources))
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """With the lock held, the file has all that is in memory, nothing waits to be free, and no commit is under way.
+
+        Writers have to be stopped, or it may never be so. It waits for readers who are in the middle of a read.
+        """
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            self.write_back()
+            with self._committing, self.lock:
+                if self.is_clean:
+                    yield
+                    return
+            if time.monotonic() > deadline:
+                raise NotSupported("the image is being read and written without a pause; try again")
+            time.sleep(_PAUSE)
 
     def write_back(self) -> None:
         """Bring what has changed of the tables to the file, if anything has."""

@@ -62,8 +62,7 @@ class Refcounts:
         # Clusters from here on were never written: a hole of the file, or behind its end.
         self.untouched = self._limit if file.is_block_device else -(-file.size >> header.cluster_bits)
         self._free = 1  # no free cluster is before this one
-        sections.add(Section.REFCOUNT_TABLE, self.table_offset, 8 * len(self.table))
-        sections.add_clusters(Section.REFCOUNT_BLOCK, (each >> self._cluster_bits for each in self.table if each))
+        self._add_sections()
 
     def _read_table(self, header: ImageHeader) -> array[int]:
         offset, size = header.refcount_table_offset, header.refcount_table_clusters << header.cluster_bits
@@ -88,6 +87,33 @@ class Refcounts:
             what = f"entry {index} of the refcount table, {table[index]:#x}, is no cluster boundary"
             raise rules.REFCOUNT_BLOCK_ALIGNED.broken(offset + 8 * index, what)
         return table
+
+    @property
+    def first_free(self) -> int:
+        """No cluster before this one is free."""
+        return self._free
+
+    def reload(self, header: ImageHeader) -> None:
+        """Read all anew, when another refcount table has become the image's. Nothing may wait for a commit."""
+        self._sections.remove(self.table_offset, 8 * len(self.table))
+        for offset in self.table:
+            if offset:
+                self._sections.remove(offset, self._cluster_size)
+        self.table_offset = header.refcount_table_offset
+        self.table = self._read_table(header)
+        self._table_moved, self._table_dirty = False, (len(self.table), 0)
+        self._blocks.clear()
+        self._dirty.clear()
+        self._on_the_way.clear()
+        self._free = 1
+        if not self._file.is_block_device:
+            self.untouched = max(self.untouched, -(-self._file.size >> self._cluster_bits))
+        self._add_sections()
+
+    def _add_sections(self) -> None:
+        self._sections.add(Section.REFCOUNT_TABLE, self.table_offset, 8 * len(self.table))
+        blocks = (each >> self._cluster_bits for each in self.table if each)
+        self._sections.add_clusters(Section.REFCOUNT_BLOCK, blocks)
 
     # -- one refcount -------------------------------------------------------------------------------------------------
 

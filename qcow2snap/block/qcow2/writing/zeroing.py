@@ -62,6 +62,8 @@ class Zeroing:
         """The part of a range that is whole subclusters, the last of the disk counting as whole."""
         start = -(-offset // self._unit) * self._unit
         stop = end if end == self._writer.view.size else end // self._unit * self._unit
+        if start >= stop:
+            return end, end
         size = self._writer.cluster_size
         # Of a compressed cluster, parts are not zeros by themselves.
         if start % size and self._is_compressed(start):
