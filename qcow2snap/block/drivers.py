@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qcow2snap.block import permissions
 from qcow2snap.block.copy_before_write import CopyBeforeWriteNode, OnCbwError
 from qcow2snap.block.file import FileNode, Locking
-from qcow2snap.block.graph import OpenOptions, open_image_in
+from qcow2snap.block.graph import OpenOptions, open_image_in, open_writable_in
 from qcow2snap.block.image_lock import ImageLock
 from qcow2snap.block.node import (
     BitmapNotFound,
@@ -164,11 +164,10 @@ class Qcow2Driver(Driver):
             raise UnsupportedFeature(f"node '{name}' is no file: qcow2 images are read from files only")
         if "backing" in node.options and node.options["backing"] is None:
             given["backing"] = None
-        return open_image_in(file, self._opening, given)
+        return (open_image_in if node.read_only else open_writable_in)(file, self._opening, given)
 
     def use_of(self, node: NamedNode, child: str) -> Use:
-        is_writable = hasattr(node, "node") and not node.node.read_only
-        return permissions.OF_BACKING if child == "backing" else permissions.of_format_file(is_writable)
+        return permissions.OF_BACKING if child == "backing" else permissions.of_format_file(not node.read_only)
 
 
 class CopyBeforeWriteDriver(Driver):

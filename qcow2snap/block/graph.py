@@ -21,6 +21,7 @@ from qcow2snap.block.references import ReferencePolicy
 from qcow2snap.block.writable_file import WritableFileNode
 
 if TYPE_CHECKING:
+    from qcow2snap.block.qcow2.writing.image_file import ImageFile
     from qcow2snap.block.qcow2.writing.node import WritableQcow2Node
 
 MAX_DEPTH = 200  # images in a chain; QEMU knows no bound but its stack
@@ -72,6 +73,17 @@ def open_image_in(
     opener = _Opener(file.filename, options, with_children=True)
     given = children or {}
     return opener.qcow2_in(file, children=given, borrowed=[file, *(node for node in given.values() if node)])
+
+
+def open_writable_in(
+    file: FileNode,
+    options: OpenOptions = OpenOptions(),  # noqa: B008
+    children: Mapping[str, BlockNode | None] | None = None,
+) -> WritableQcow2Node:
+    """As open_image_in(), for writing. The node has a way of its own into the file, by which it grows."""
+    from qcow2snap.block.qcow2.writing.image_file import ImageFile
+
+    return _Opener(file.filename, options, with_children=True).writable_in(ImageFile.of(file), children or {})
 
 
 def open_raw(filename: str, options: OpenOptions = OpenOptions(), *, writable: bool = False) -> RawNode:  # noqa: B008
@@ -189,9 +201,15 @@ class _Opener:
     def writable(self, filename: str) -> WritableQcow2Node:
         """The image at the top of a graph, for writing."""
         from qcow2snap.block.qcow2.writing.image_file import ImageFile
+
+        return self.writable_in(ImageFile(filename), {})
+
+    def writable_in(self, file: ImageFile, children: Mapping[str, BlockNode | None]) -> WritableQcow2Node:
+        """As writable(), of an image whose file is open; it is the node's, and closed on failure. Children are not."""
+        from qcow2snap.block.qcow2.writing.image_file import ImageFile
         from qcow2snap.block.qcow2.writing.node import WritableQcow2Node
 
-        file = ImageFile(filename)
+        borrowed = [node for node in children.values() if node is not None]
         nodes: list[BlockNode] = [file]
         try:
             self._enter(file)
@@ -201,11 +219,15 @@ class _Opener:
                 raise _explained(error, file) from None
             data_file = None
             if header.has_data_file:
-                data_file = ImageFile(self._data_file_path(header.data_file, file))
+                given = children.get("data-file")
+                if isinstance(given, FileNode):
+                    data_file = ImageFile.of(given)
+                else:
+                    data_file = ImageFile(self._data_file_path(header.data_file, file))
                 nodes.append(data_file)
             reference = None if header.backing_file is None else as_text(header.backing_file)
-            backing = self.backing(reference, header.backing_format, file, {})
-            nodes += [backing] if backing else []
+            backing = self.backing(reference, header.backing_format, file, children)
+            nodes += [backing] if backing and backing not in borrowed else []
             return WritableQcow2Node(
                 file,
                 header,
@@ -213,6 +235,7 @@ class _Opener:
                 backing=backing,
                 table_cache_size=self._options.table_cache_size,
                 cluster_cache_size=self._options.cluster_cache_size,
+                borrowed=borrowed,
             )
         except BaseException:
             for node in nodes:

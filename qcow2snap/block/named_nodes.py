@@ -5,6 +5,7 @@ What each driver does with its options is in `drivers`; who asks for all this, a
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ from qcow2snap.block.permissions import ALL, Perm, Use, combined, names
 
 if TYPE_CHECKING:
     from qcow2snap.block.drivers import Driver
+
+logger = logging.getLogger(__name__)
 
 MAX_NODES = 1 << 10
 MAX_NAME = 31  # characters of a node's name
@@ -161,6 +164,8 @@ class Graph:
             raise NodeInUse(f"Node {name} is not owned by the monitor")
         if found.parents:
             raise NodeInUse(f"Block device {name} is in use")
+        if not found.node.read_only:
+            found.node.flush()  # closing cannot be refused, so what can fail is done before
         # Whoever writes to its disk may be about to tell a filter of it. All others are known to nobody any more.
         with self._drained_for(found.options):
             found.is_owned = False
@@ -279,7 +284,10 @@ class Graph:
         if node.is_owned or node.parents or self._nodes.get(node.name) is not node:
             return
         del self._nodes[node.name]
-        node.node.close()
+        try:
+            node.node.close()
+        except Qcow2SnapError as error:
+            logger.error("%s: closed, but not all of it is on disk: %s", node.name, error)
         for edge in [*node.children.values()]:
             self._detach(edge)
             self._drop_unused(edge.child)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from threading import Lock
+from typing import Self
 
-from qcow2snap.block.file import Locking
+from qcow2snap.block.file import FileNode, Locking
 from qcow2snap.block.image_lock import lock_for_resizing
 from qcow2snap.block.node import Buffer, NoSpace
 from qcow2snap.block.writable_file import WritableFileNode
@@ -18,12 +19,20 @@ class ImageFile(WritableFileNode):
     errors  as WritableFileNode; with QEMU's locks of a writer that resizes
     """
 
-    def __init__(self, filename: str) -> None:
+    def __init__(self, filename: str, *, locking: Locking = Locking.DATA) -> None:
         self._growing = Lock()  # over size
-        super().__init__(filename)
+        super().__init__(filename, locking=locking)
+
+    @classmethod
+    def of(cls, file: FileNode) -> Self:
+        """A second way into a file that is open, and locked by whoever opened it."""
+        made = cls(f"/proc/self/fd/{file.fileno()}", locking=Locking.NONE)
+        made.filename = file.filename
+        return made
 
     def _lock(self, locking: Locking) -> bool:
-        lock_for_resizing(self._fd, self.filename)
+        if locking is not Locking.NONE:
+            lock_for_resizing(self._fd, self.filename)
         return False
 
     def check_range(self, offset: int, length: int) -> None:

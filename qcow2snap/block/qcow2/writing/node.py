@@ -7,7 +7,7 @@ Snapshots are read from the file, where nothing that they refer to changes as lo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from formats.qcow2 import IncompatibleFeature
 from qcow2snap.block.node import (
@@ -75,6 +75,7 @@ class WritableQcow2Node(Qcow2Node):
         backing: BlockNode | None = None,
         table_cache_size: int = TABLE_CACHE_SIZE,
         cluster_cache_size: int = CLUSTER_CACHE_SIZE,
+        borrowed: Collection[BlockNode] = (),
     ) -> None:
         refuse_unwritable(header, file.filename)
         self._standing: dict[SnapshotInfo, Standing] = {}
@@ -86,6 +87,7 @@ class WritableQcow2Node(Qcow2Node):
             backing=backing,
             table_cache_size=table_cache_size,
             cluster_cache_size=cluster_cache_size,
+            borrowed=borrowed,
         )
         table = self.snapshot_table
         try:
