@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qcow2snap.block.copy_before_write import CopyBeforeWriteNode
 from qcow2snap.block.file import FileNode, Locking, file_error
-from qcow2snap.block.graph import files_of, open_raw, probe
+from qcow2snap.block.graph import OpenOptions, files_of, open_raw, open_writable, probe
 from qcow2snap.block.node import BlockNode, FileError, UnsupportedFeature
 from qcow2snap.block.raw import RawNode
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
 from qcow2snap.block.writable_file import WritableFileNode
+
+if TYPE_CHECKING:
+    from qcow2snap.block.qcow2.writing.node import WritableQcow2Node
 
 
 class Fleecing:
@@ -31,7 +34,7 @@ class Fleecing:
     def __init__(
         self, disk: str | BlockNode, target: str | BlockNode, *, raw: bool = False, force: bool = False, **options: Any
     ) -> None:
-        """Each child is the name of a file, or a node. The target's file is made if there is none.
+        """Each child is the name of a raw file, or a node. The target's file is made if there is none.
 
         `force` overwrites what there is in the target, but never what somebody uses. `raw`: the disk is raw whatever it
         looks like. Other options: those of CopyBeforeWriteNode.
@@ -41,7 +44,7 @@ class Fleecing:
                 if isinstance(child, BlockNode):
                     opened.callback(child.close)
             if isinstance(disk, str):
-                disk = open_disk(disk, raw=raw)
+                disk = open_disk(disk, "raw" if raw else None)
                 opened.callback(disk.close)
             if isinstance(target, str):
                 _check_are_two(disk, target)
@@ -54,9 +57,18 @@ class Fleecing:
             self.close = opened.pop_all().close
 
 
-def open_disk(filename: str, *, raw: bool = False) -> RawNode:
-    """The disk of a Fleecing, for who wants to look at it first. `raw`: whatever it looks like."""
-    if not raw:
+def open_disk(
+    filename: str,
+    image_format: str | None = None,
+    options: OpenOptions = OpenOptions(),  # noqa: B008
+) -> RawNode | WritableQcow2Node:
+    """The disk of a Fleecing, for who wants to look at it first: a "raw" one, or the active one of a "qcow2" image.
+
+    Without a format it is raw, and refused if it looks like something else: a guest may write there what it likes.
+    """
+    if image_format == "qcow2":
+        return open_writable(filename, options)
+    if image_format is None:
         _check_is_raw(filename)
     return open_raw(filename, writable=True)
 
@@ -76,7 +88,7 @@ def _check_is_raw(filename: str) -> None:
         file.close()
     if guess != "raw":
         raise UnsupportedFeature(
-            f"{filename}: looks like {guess}, and only raw disks can be written; if it is one, say -f raw"
+            f"{filename}: looks like {guess}: say -f qcow2 if it is that, or -f raw if it is a raw disk all the same"
         )
 
 

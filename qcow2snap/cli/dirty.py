@@ -21,6 +21,7 @@ from qcow2snap.block.dirty_json import read_dirty_json
 from qcow2snap.block.frozen_bitmap import FrozenBitmap
 from qcow2snap.block.graph import open_image
 from qcow2snap.block.node import BitmapNotFound, BlockNode, OutOfRange
+from qcow2snap.block.qcow2.driver import Qcow2Node
 from qcow2snap.cli.options import together
 from qcow2snap.nbd.contexts import CHANGED_SINCE, DIRTY_BITMAP
 from qcow2snap.nbd.remote_node import RemoteNode
@@ -28,10 +29,10 @@ from qcow2snap.nbd.strings import is_string
 
 bitmap_options = together(
     click.option("--bitmap", "bitmaps", metavar="WHAT", multiple=True,
-                 help="Keep only what is dirty by: NAME, a bitmap of DISK that is an NBD URI; IMAGE:NAME, one of a "
-                      "qcow2 image; FILE, extents in JSON (nbdinfo --map, qcow2snap diff). Repeatable: what any has."),
+                 help="Keep only what is dirty by: NAME, a bitmap of DISK, qcow2 or an NBD URI; IMAGE:NAME, one of "
+                      "another image; FILE, extents in JSON (nbdinfo --map, qcow2snap diff). Repeatable: any of them."),
     click.option("--changed-since", "references", metavar="REF", multiple=True,
-                 help="Keep only what was changed since snapshot REF, which the server of DISK knows. Repeatable."),
+                 help="Keep only what was changed since snapshot REF of DISK, qcow2 or an NBD URI. Repeatable."),
 )  # fmt: skip
 
 
@@ -82,12 +83,19 @@ def _source(word: str) -> Source:
 
 
 def _of_disk(source: Source, disk: BlockNode) -> FrozenBitmap:
-    if not isinstance(disk, RemoteNode):
-        what = source.context.removeprefix(DIRTY_BITMAP).removeprefix(CHANGED_SINCE)
+    if isinstance(disk, RemoteNode):
+        return FrozenBitmap(disk.dirty(source.context, 0, disk.size), disk.size)
+    name = source.context.removeprefix(DIRTY_BITMAP)
+    reference = source.context.removeprefix(CHANGED_SINCE)
+    if not isinstance(disk, Qcow2Node):
+        what = name if name != source.context else reference
         raise BitmapNotFound(
             f'"{what}": no such file, and a raw disk has no bitmaps: say IMAGE:NAME, or FILE with extents in JSON'
         )
-    return FrozenBitmap(disk.dirty(source.context, 0, disk.size), disk.size)
+    if name != source.context:
+        return FrozenBitmap(disk.dirty_extents(name, 0, disk.size), disk.size)
+    changes = disk.changes_since(disk.find_snapshot(reference), 0, disk.size)
+    return FrozenBitmap(((extent.offset, extent.length) for extent in changes), disk.size)
 
 
 def _of_image(filename: str, name: str, size: int) -> FrozenBitmap:

@@ -1,4 +1,4 @@
-"""`qcow2snap fleece`: what a raw disk is now, to be read over NBD, while the disk itself is written over NBD."""
+"""`qcow2snap fleece`: what a disk is now, to be read over NBD, while the disk itself is written over NBD."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import click
 
 from qcow2snap.block.copy_before_write import OnCbwError
 from qcow2snap.block.fleecing import Fleecing, open_disk
+from qcow2snap.block.graph import OpenOptions
 from qcow2snap.block.node import BlockNode
-from qcow2snap.cli import dirty, serve_options, text
+from qcow2snap.cli import dirty, options, serve_options, text
 from qcow2snap.cli.options import Size
 from qcow2snap.nbd.export import Export, Exports
 from qcow2snap.nbd.listen import listen_at_all, listen_unix
@@ -30,8 +31,9 @@ from qcow2snap.nbd.service import Offer, Service, pid_file, signals_held, stop_w
 @serve_options.listening_options
 @click.option("--guest-socket", metavar="PATH",
               help="A Unix socket for guest alone, without TLS; backup is at the others then.")  # fmt: skip
-@click.option("-f", "--format", "image_format", type=click.Choice(["raw"]),
-              help="What DISK is. Without this, a DISK that looks like something else is refused.")  # fmt: skip
+@click.option("-f", "--format", "image_format", type=click.Choice(["raw", "qcow2"]),
+              help="What DISK is. Without this it is raw, and refused if it looks like qcow2.")  # fmt: skip
+@options.allow_path_option
 @click.option("--force", is_flag=True, help="Overwrite TEMP if there is something in it.")
 @click.option("--max-temp", type=Size(), help="Let TEMP hold no more than that at a time.  [default: no limit]")
 @dirty.bitmap_options
@@ -58,6 +60,7 @@ def command(
     vsock: bool,
     guest_socket: str | None,
     image_format: str | None,
+    allow_paths: tuple[str, ...],
     force: bool,
     max_temp: int | None,
     bitmaps: tuple[str, ...],
@@ -76,9 +79,10 @@ def command(
     pid_path: str | None,
     verbose: bool,
 ) -> int:
-    """Keep what the raw disk DISK is now, to be read over NBD, while it is written over NBD.
+    """Keep what DISK is now, to be read over NBD, while it is written over NBD.
 
-    DISK and TEMP are files, or NBD URIs of what another server exports.
+    DISK and TEMP are files, or NBD URIs of what another server exports. DISK is raw, or with -f qcow2 the active disk
+    of an image, whose snapshots stay as they are.
 
     There are two exports: guest is DISK, for its only writer (a virtual machine, nbd-client, nbdfuse), backup what DISK
     was when this began, read-only. Before a part of DISK is overwritten for the first time it is copied to TEMP, as by
@@ -109,9 +113,11 @@ def command(
         if is_uri(disk):
             disk_node: BlockNode = remote(disk, contexts=[source.context for source in wanted if source.is_of_disk])
         else:
-            disk_node = open_disk(disk, raw=image_format == "raw")
-        at_end.callback(disk_node.close)
-        frozen = dirty.read(wanted, disk_node)
+            disk_node = open_disk(disk, image_format, OpenOptions(allow_paths=allow_paths))
+        with ExitStack() as opened:
+            opened.callback(disk_node.close)
+            frozen = dirty.read(wanted, disk_node)
+            opened.pop_all()  # the fleecing's from here on
         fleecing = Fleecing(
             disk_node,
             remote(target) if is_uri(target) else target,

@@ -61,17 +61,21 @@ def usage_option(function: F) -> F:
     )(function)
 
 
-def opening_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """How images are opened; the command gets them as one argument, `opening`."""
-
-    @force_share_option
-    @click.option(
+def allow_path_option(function: F) -> F:
+    return click.option(
         "--allow-path",
         "allow_paths",
         metavar="DIR",
         multiple=True,
         help="Also follow backing and data files in this directory. Repeatable.",
-    )
+    )(function)
+
+
+def opening_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """How images are opened; the command gets them as one argument, `opening`."""
+
+    @force_share_option
+    @allow_path_option
     @click.option(
         "--l2-cache-size",
         type=Size(),
