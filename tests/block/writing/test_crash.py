@@ -5,11 +5,13 @@ More of the same, for as long as one likes: python -m tests.block.writing.crash
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 
 from tests.block.writing.crash import DISKS, Disk, judge_all, live, live_together
+from tests.block.writing.recorded import open_recorded
 
 SEEDS = (1, 2)
 STEPS = 40
@@ -36,3 +38,14 @@ def test_a_crash_in_a_short_life(tmp_path: Path) -> None:
 def test_a_crash_while_several_guests_write_side_by_side(disk: Disk, tmp_path: Path) -> None:
     session = live_together(disk, tmp_path, 1, 40)
     assert judge_all(session, 1, 100, qemu_every=20) > 100
+
+
+def test_a_clean_close_makes_durable_what_changed_no_table(tmp_path: Path) -> None:
+    path = DISKS[0].make(tmp_path, 1)
+    for data in (b"a" * 4096, b"b" * 4096):
+        node, log = open_recorded(path)
+        node.pwritev(8192, [memoryview(data)])
+        node.close()
+    lost = log.crashed(len(log.events), random.Random(1))  # nothing: all was flushed
+    assert lost == {path: path.read_bytes()}
+    assert b"b" * 4096 in lost[path]

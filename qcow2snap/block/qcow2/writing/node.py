@@ -166,9 +166,9 @@ class WritableQcow2Node(Qcow2Node):
         failure: Qcow2SnapError | None = None
         try:
             for _ in range(_COMMITS_AT_CLOSE):
+                self.metadata.commit()  # also where only data was written
                 if self.metadata.order.is_clean:
                     break
-                self.metadata.commit()
         except Qcow2SnapError as error:
             failure = error
         super().close()

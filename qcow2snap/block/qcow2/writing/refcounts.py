@@ -32,6 +32,7 @@ _OFFSET = RefcountTableEntry.mask("offset")
 _RESERVED = RefcountTableEntry.mask("reserved")
 _TABLE_POINTER = 48  # in the header: refcount_table_offset, 8 bytes, and refcount_table_clusters, 4
 _SECTOR = layout.SECTOR_SIZE
+_MAX_GAPS = 256  # free clusters, too few in a row, that are passed over before the end of the file is looked at
 
 
 class Refcounts:
@@ -219,6 +220,7 @@ class Refcounts:
     def _find_free(self, count: int) -> int:
         """The first of `count` free clusters in a row. What no block describes is free."""
         per_block, index, run = self.per_block, self._free, 0
+        gaps = 0
         while True:
             number, place = divmod(index, per_block)
             block = self._block(number)
@@ -226,7 +228,10 @@ class Refcounts:
                 length = per_block - place
             elif block.counts[place]:
                 index = number * per_block + block.next_free(place)
+                gaps += run > 0
                 run = 0
+                if gaps > _MAX_GAPS:
+                    index, gaps = max(index, self.untouched), 0
                 continue
             elif count == 1:
                 return index

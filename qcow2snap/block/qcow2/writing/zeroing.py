@@ -14,6 +14,7 @@ from qcow2snap.block.qcow2.writing.entries import ALL_ZEROES, COMPRESSED, ZERO, 
 from qcow2snap.block.qcow2.writing.writer import Writer
 
 _ZEROS = memoryview(bytes(1 << 20))  # written at a time
+_WINDOW = 64 << 20  # bytes that are looked at together
 _STEP = 4096  # clusters that are changed at once: what others may have to wait for
 
 
@@ -86,28 +87,33 @@ class Zeroing:
 
     def _write_zeros(self, start: int, end: int) -> None:
         """Zeros where entries cannot say so, if there are none yet."""
-        for extent in list(self._writer.view.block_status(start, max(0, end - start), want_zero=False)):
-            for offset in range(extent.offset, extent.end if extent.must_read else extent.offset, len(_ZEROS)):
-                self._writer.write_inside(offset, [_ZEROS[: extent.end - offset]])
+        for first in range(start, end, _WINDOW):
+            window = min(_WINDOW, end - first)
+            for extent in list(self._writer.view.block_status(first, window, want_zero=False)):
+                for offset in range(extent.offset, extent.end if extent.must_read else extent.offset, len(_ZEROS)):
+                    self._writer.write_inside(offset, [_ZEROS[: extent.end - offset]])
 
     def _change(self, start: int, stop: int, *, punch: bool) -> None:
-        writer = self._writer
+        writer, l1 = self._writer, self._writer.metadata.tables.l1
+        skips = not self._has_backing and not self._is_raw  # where there is no L2 table, all reads as zeros
         while start < stop:
-            base = start // writer.coverage * writer.coverage
+            index = start // writer.coverage
+            if skips and not l1[index]:
+                start = (index + 1) * writer.coverage
+                continue
+            base = index * writer.coverage
             end = min(stop, base + writer.coverage, (start >> writer.bits) + _STEP << writer.bits)
             self._change_in_table(start, end, punch=punch)
             start = end
 
     def _change_in_table(self, start: int, end: int, *, punch: bool) -> None:
         """A range of whole subclusters, or to the disk's end, that one L2 table describes."""
-        writer, tables = self._writer, self._writer.metadata.tables
+        writer = self._writer
         lock, in_flight = writer.metadata.lock, writer.in_flight
         index = start // writer.coverage
         first, last = start >> writer.bits, (end - 1 >> writer.bits) + 1
         with lock:
             in_flight.wait(first, last)
-            if tables.table(index) is None and not self._has_backing and not self._is_raw:
-                return  # all of it reads as zeros, and takes no space
             under_way = in_flight.add(first, last)
         try:
             if self._is_raw:  # it has to read the same without us
