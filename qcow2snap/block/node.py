@@ -238,6 +238,12 @@ class SnapshotAccess(ABC):
     ) -> Iterator[Extent]:
         """As BlockNode.block_status, of a snapshot."""
 
+    def attach_reader(self, reader: object, snapshot: SnapshotInfo) -> None:
+        """Know of somebody who reads a snapshot, until detach_reader or until there is no reference to him."""
+
+    def detach_reader(self, reader: object) -> None:
+        """He reads it no more."""
+
     def prefetch_snapshot(self, snapshot: SnapshotInfo, offset: int, length: int) -> None:
         """As BlockNode.prefetch, of a snapshot."""
 

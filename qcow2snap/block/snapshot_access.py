@@ -26,6 +26,7 @@ class SnapshotAccessNode(BlockNode, ChangeTracking):
         self.nb_backing = file.nb_backing if isinstance(file, BlockNode) else 0
         self.must_confirm = file.must_confirm_snapshots
         self.status_may_change = file.snapshot_status_may_change
+        file.attach_reader(self, self.snapshot)
 
     def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self.file.preadv_snapshot(self.snapshot, offset, buffers)
@@ -52,3 +53,6 @@ class SnapshotAccessNode(BlockNode, ChangeTracking):
     def changes_since(self, since: SnapshotInfo, offset: int, length: int) -> Iterator[ChangedExtent]:
         self.check_range(offset, length)
         return self.file.changes(since, self.snapshot, offset, length)
+
+    def close(self) -> None:
+        self.file.detach_reader(self)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcow2snap.block.graph import open_image, open_writable
-from qcow2snap.block.node import NotSupported, SnapshotGone
+from qcow2snap.block.node import NodeInUse, NotSupported, SnapshotGone
 from qcow2snap.block.qcow2.writing.node import WritableQcow2Node
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
 from tests.block.writing import soundness
@@ -18,6 +21,7 @@ from tests.block.writing.recorded import Write, open_recorded
 from tests.conftest import NewImage
 from tests.support import qemu_img, qemu_io
 from tests.support.table import read_table
+from tests.support.tools import TIME_LIMIT
 
 SIZE = 192 << 10
 
@@ -328,14 +332,76 @@ def test_zeros_at_the_end_of_a_disk_that_ends_within_a_subcluster(new_image: New
     qemu_img("check", image.path)
 
 
-def test_who_reads_a_snapshot_that_is_deleted_hears_of_it(new_image: NewImage) -> None:
+# While it is used
+
+
+def test_a_snapshot_that_is_read_is_deleted_by_force_only_and_its_reader_hears_of_it(new_image: NewImage) -> None:
     image = new_image("1M", cluster_size=4096).write(0, 1 << 20, 1).snapshot("gone").write(0, 1 << 20, 2)
     node = open_writable(str(image.path))
-    reader = SnapshotAccessNode(node, "gone")
+    reader, other = SnapshotAccessNode(node, "gone"), SnapshotAccessNode(node, "gone")
     assert reader.pread(0, 4096) == b"\1" * 4096
     snapshot = node.find_snapshot("gone")
-    node.delete_snapshot(snapshot)
+    other.close()
+    for refused in (node.delete_snapshot, lambda each: node.rename_snapshot(each, "other")):
+        with pytest.raises(NodeInUse, match="1 reader;"):
+            refused(snapshot)
+    assert reader.pread(4096, 4096) == b"\1" * 4096
+    node.delete_snapshot(snapshot, force=True)
     node.create_snapshot("gone")
     with pytest.raises(SnapshotGone):
         reader.pread(0, 4096)
+    reader.close()
+    node.delete_snapshot(node.find_snapshot("gone"))
     node.close()
+    qemu_img("check", image.path)
+
+
+def test_each_write_is_in_a_snapshot_whole_or_not_at_all(new_image: NewImage) -> None:
+    """Four guests write their parts over and over, each time in one write of many clusters, others read meanwhile."""
+    part, guests = 96 << 10, 4
+    image = new_image(guests * part, cluster_size=4096)
+    node = open_writable(str(image.path))
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def run(work: Callable[[int], None]) -> None:
+        try:
+            number = 0
+            while not stop.is_set():
+                number += 1
+                work(number)
+        except BaseException as error:
+            failures.append(error)
+
+    def guest(place: int) -> Callable[[int], None]:
+        return lambda number: node.pwritev(place * part, [bytearray(number.to_bytes(2, "big") * (part // 2))])
+
+    def reader(_number: int) -> None:
+        for snapshot in node.snapshots():
+            with contextlib.suppress(SnapshotGone):
+                held = SnapshotAccessNode(node, snapshot).pread(0, guests * part)
+                assert contents.setdefault(snapshot.id, held) == held
+
+    contents: dict[str, bytes] = {}
+    work = [*(guest(place) for place in range(guests)), reader, lambda _number: node.flush()]
+    threads = [threading.Thread(target=run, args=(each,)) for each in work]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in range(25):
+            node.create_snapshot(f"s{number}")
+            if number % 3 == 2:
+                node.delete_snapshot(node.find_snapshot(f"name=s{number - 1}"), force=True)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(TIME_LIMIT)
+    assert not failures
+    kept = {snapshot.name: SnapshotAccessNode(node, snapshot).pread(0, guests * part) for snapshot in node.snapshots()}
+    node.close()
+    for held in kept.values():
+        for place in range(guests):
+            written = held[place * part : (place + 1) * part]
+            assert written == written[:2] * (part // 2)
+    assert qemu_img("check", image.path).returncode == 0
+    assert contents_by_qemu(image.path)[1] == kept

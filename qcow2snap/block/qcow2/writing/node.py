@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Sequence
+from threading import Lock
+from weakref import WeakKeyDictionary
 
 from formats.qcow2 import IncompatibleFeature
 from qcow2snap.block.node import (
@@ -15,6 +17,7 @@ from qcow2snap.block.node import (
     Buffer,
     ChangedExtent,
     FileError,
+    NodeInUse,
     Qcow2SnapError,
     SnapshotGone,
     SnapshotInfo,
@@ -78,6 +81,8 @@ class WritableQcow2Node(Qcow2Node):
         borrowed: Collection[BlockNode] = (),
     ) -> None:
         refuse_unwritable(header, file.filename)
+        self._readers: WeakKeyDictionary[object, SnapshotInfo] = WeakKeyDictionary()
+        self._reading = Lock()  # over _readers
         self._standing: dict[SnapshotInfo, Standing] = {}
         self.metadata: Metadata
         super().__init__(
@@ -183,14 +188,17 @@ class WritableQcow2Node(Qcow2Node):
         self._see_snapshots()
         return snapshot
 
-    def delete_snapshot(self, snapshot: SnapshotInfo) -> None:
-        """Who reads it gets SnapshotGone from then on."""
+    def delete_snapshot(self, snapshot: SnapshotInfo, *, force: bool = False) -> None:
+        """NodeInUse if somebody reads it, unless by `force`: then he gets SnapshotGone from that moment on."""
+        if not force:
+            self._refuse_if_read(snapshot)
         try:
             self._snapshots.delete(snapshot)
         finally:
             self._see_snapshots()
 
     def rename_snapshot(self, snapshot: SnapshotInfo, name: str) -> SnapshotInfo:
+        self._refuse_if_read(snapshot)
         renamed = self._snapshots.rename(snapshot, name)
         self._standing[identity(renamed)] = self._standing.pop(identity(snapshot))
         self._see_snapshots()
@@ -212,6 +220,23 @@ class WritableQcow2Node(Qcow2Node):
             self._snapshots.set_size(size)
         finally:
             self._see_size()
+
+    def attach_reader(self, reader: object, snapshot: SnapshotInfo) -> None:
+        with self._reading:
+            self._readers[reader] = identity(snapshot)
+
+    def detach_reader(self, reader: object) -> None:
+        with self._reading:
+            self._readers.pop(reader, None)
+
+    def _refuse_if_read(self, snapshot: SnapshotInfo) -> None:
+        with self._reading:
+            readers = list(self._readers.values()).count(identity(snapshot))
+        if readers:
+            raise NodeInUse(
+                f"{self.filename}: snapshot {snapshot} is in use by {readers} reader{'s' * (readers > 1)}; take them "
+                "away first, or delete it by force: they get errors then"
+            )
 
     def _mark_gone(self, entry: TableEntry) -> None:
         self._standing.pop(identity(entry.info)).is_gone = True
