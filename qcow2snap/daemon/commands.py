@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qcow2snap.block.blockdev import BLOCKDEV_OPTIONS
 from qcow2snap.block.qapi import Boolean, Enum, ListOf, String, Struct, Union, optional
-from qcow2snap.daemon import queries
+from qcow2snap.daemon import internal_snapshots, queries
 from qcow2snap.daemon.exports import EXPORT_OPTIONS, SERVER_ADD_OPTIONS
 from qcow2snap.daemon.nbd_server import SERVER_START_OPTIONS
 from qcow2snap.daemon.objects import OBJECT_OPTIONS
@@ -65,6 +65,12 @@ def _commands() -> dict[str, Command]:
             Struct({"options": ListOf(BLOCKDEV_OPTIONS)}), lambda d, a: d.graph.reopen(a["options"])
         ),
         "blockdev-replace": Command(replacement, _replace),
+        "blockdev-snapshot-internal-sync": Command(
+            internal_snapshots.CREATE_OPTIONS, lambda d, a: internal_snapshots.create(d.graph, a)
+        ),
+        "blockdev-snapshot-delete-internal-sync": Command(
+            internal_snapshots.DELETE_OPTIONS, lambda d, a: internal_snapshots.delete(d.graph, a)
+        ),
         "block-export-add": Command(EXPORT_OPTIONS, lambda d, a: d.add_export(a)),
         "block-export-del": Command(
             Struct({"id": String(), **deletion}), lambda d, a: d.exports.delete(a["id"], hard=a.get("mode") == "hard")
