@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from qcow2snap.block.file import FileNode, Locking
 from qcow2snap.block.node import ImageFormatError
 from qcow2snap.block.qcow2.rules import RULES
 from qcow2snap.block.snapshot_ref import find
-from qcow2snap.cli import options, text
+from qcow2snap.cli import options
 from qcow2snap.cli.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -80,9 +79,11 @@ def _check(
         report = report.about(report.states.index(chosen))
     _print(report, form, most)
     if report.check_errors:
+        from qcow2snap.cli.text import json_text
+
         stopping = next((finding for finding in report.findings if finding.stops), None)
         why = report.problems[0] if stopping is None else f"{stopping.message} ({stopping.rule.id})"
-        print(f"qcow2snap: {image}: the check is not complete: {text.json_text(why)}", file=sys.stderr)
+        print(f"qcow2snap: {image}: the check is not complete: {json_text(why)}", file=sys.stderr)
     return report.exit_code
 
 
@@ -92,10 +93,14 @@ def _print(report: Report, form: str, most: int | None) -> None:
 
         print("\n".join(report_text.lines(report, report_text.WORST if most is None else most)))
     elif form == "json":
+        import json
+
         from qcow2snap.conformance.report_json import report_fields
 
         print(json.dumps(report_fields(report, most), indent=4))
     elif form == "sarif":
+        import json
+
         from qcow2snap.conformance.report_sarif import sarif_log
 
         print(json.dumps(sarif_log(report, __version__, most), indent=2))
@@ -107,10 +112,14 @@ def _print(report: Report, form: str, most: int | None) -> None:
 
 def _list_rules(form: str) -> None:
     if form == "json":
+        import json
+
         from qcow2snap.conformance.report_json import all_rules
 
         print(json.dumps(all_rules(), indent=4))
     else:
+        from qcow2snap.cli import text
+
         headings = ("RULE", "SEVERITY", "SECTION", "SENTENCE")
         rows = [(rule.id, rule.severity.value, rule.section, rule.sentence) for rule in RULES]
         print("\n".join(text.table(headings, rows, left=headings)))

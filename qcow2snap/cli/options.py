@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from qcow2snap.block.graph import OpenOptions, open_image
 from qcow2snap.block.node import BlockNode, OutOfRange
-from qcow2snap.block.qcow2.driver import TABLE_CACHE_SIZE, Qcow2Node
 from qcow2snap.block.sizes import parse_size
-from qcow2snap.block.snapshot_access import SnapshotAccessNode
+
+if TYPE_CHECKING:  # loaded where images are opened: a command that opens none by these is quicker without
+    from qcow2snap.block.graph import OpenOptions
+    from qcow2snap.block.qcow2.driver import Qcow2Node
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -73,6 +74,8 @@ def allow_path_option(function: F) -> F:
 
 def opening_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """How images are opened; the command gets them as one argument, `opening`."""
+    from qcow2snap.block.graph import OpenOptions
+    from qcow2snap.block.qcow2.driver import TABLE_CACHE_SIZE
 
     @force_share_option
     @allow_path_option
@@ -140,6 +143,8 @@ def length_within(size: int, start_offset: int, max_length: int | None) -> int:
 
 def open_for(image: str, opening: OpenOptions, *, with_children: bool = True) -> Qcow2Node:
     """Open the image of a command, with its warnings on stderr."""
+    from qcow2snap.block.graph import open_image
+
     node = open_image(image, opening, with_children=with_children)
     for warning in node.warnings:
         print(f"qcow2snap: warning: {image}: {warning}", file=sys.stderr)
@@ -149,6 +154,8 @@ def open_for(image: str, opening: OpenOptions, *, with_children: bool = True) ->
 def choose(image: Qcow2Node, snapshot: str | None, vm_state: bool) -> BlockNode:
     """What -s and --vm-state select: the active disk, a snapshot, or its VM state."""
     if snapshot is not None:
+        from qcow2snap.block.snapshot_access import SnapshotAccessNode
+
         access = SnapshotAccessNode(image, snapshot)
         return image.vm_state(access.snapshot) if vm_state else access
     if vm_state:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from formats.qcow2 import L1TableEntry
 from qcow2snap.block.qcow2 import rules
@@ -27,6 +28,7 @@ _OF_CLUSTERS = {  # rules whose findings are about a host cluster, whoever refer
     rules.METADATA_OVERLAP,
 }
 _MOST_PLACES = 4  # L2 entries that are looked at of those that refer to one cluster
+_PIECE = 1 << 18  # L1 entries
 _MOST_PAIRS = 1 << 20  # of L2 tables and states that have them
 
 
@@ -189,11 +191,22 @@ def _owners(subject: Subject, walk: References, tables: set[int]) -> dict[int, l
     for number, state in enumerate(walk.states):
         if number in walk.left_out or nb_pairs > _MOST_PAIRS:
             continue
-        entries = state.read_l1(subject.file)
-        offsets = (entries & _OFFSET).astype(np.int64)
-        for index in np.flatnonzero(np.isin(offsets, wanted) & (entries != 0)).tolist():
-            of_table = owners[int(offsets[index])]
+        for table, index in _pointing(state.read_l1(subject.file), wanted):
+            of_table = owners[table]
             if not of_table or of_table[-1][0] != number:
                 of_table.append((number, index))
                 nb_pairs += 1
     return owners
+
+
+def _pointing(entries: NDArray[np.uint64], tables: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Which of these tables L1 entries point to, each with the index of the first that does, of each piece."""
+    for start in range(0, len(entries), _PIECE):
+        piece = entries[start : start + _PIECE]
+        offsets = (piece & _OFFSET).view(np.int64)
+        nearest = tables[np.minimum(np.searchsorted(tables, offsets), len(tables) - 1)]
+        indexes = np.flatnonzero((nearest == offsets) & (piece != 0))
+        order = indexes[np.argsort(offsets[indexes], kind="stable")]
+        found = offsets[order]
+        firsts = np.flatnonzero(np.concatenate(([True], found[1:] != found[:-1]))) if len(found) else order
+        yield from zip(found[firsts].tolist(), (order[firsts] + start).tolist(), strict=True)

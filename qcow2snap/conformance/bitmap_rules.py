@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 from construct import Container, StreamError
+from numpy.typing import NDArray
 
 from formats import qcow2 as layout
 from formats.qcow2 import AutoclearFeature, BitmapFlag, BitmapTableEntry, BitmapType, HeaderExtensionType
@@ -128,7 +129,11 @@ class _Bitmap:
             what = f"has its table at {entry.bitmap_table_offset:#x}, not a cluster boundary"
             self._refuse(rules.BITMAP_TABLE, 0, what)
         elif self._has_table():
-            self._judge_table()
+            self._subject.bitmap_budget -= 8 * entry.bitmap_table_size
+            if self._subject.bitmap_budget >= 0:
+                self._judge_table()
+            else:
+                self._subject.findings.problems.append(f"{self._name}: too much for one check, not read")
 
     def _has_table(self) -> bool:
         """Whether the table has as many entries as the bitmap needs. One in use may be of another size."""
@@ -153,14 +158,25 @@ class _Bitmap:
         broken |= (hosts != 0) & (
             (entries & _ALL_ONES != 0) | (hosts & np.uint64(subject.header.cluster_size - 1) != 0)
         )
-        for index in np.flatnonzero(broken).tolist():
+        for index in np.flatnonzero(broken)[:1].tolist():  # QEMU goes no further
             what = f"{self._name} has {int(entries[index]):#x} as table entry {index}"
             subject.findings.add(Finding(rules.BITMAP_TABLE_ENTRY, offset + 8 * index, what, stops=True))
-        for index in np.flatnonzero((hosts != 0) & ~broken).tolist():
-            region = Region(int(hosts[index]), subject.header.cluster_size, f"cluster {index} of {self._name}")
-            subject.takes(region, rules.BITMAP_TABLE_ENTRY)
+        self._take(offset, hosts, np.flatnonzero((hosts != 0) & ~broken))
         if len(entries) == size and not broken.any() and not self._is_in_use:
             self._judge_tail(int(entries[-1]))
+
+    def _take(self, table: int, hosts: NDArray[np.uint64], indexes: NDArray[np.intp]) -> None:
+        """Count the clusters that the table points to."""
+        offsets = hosts[indexes].view(np.int64)
+        outside = offsets >= self._subject.file_size
+
+        def make(step: int) -> Finding:
+            index = int(indexes[outside][step])
+            what = f"{self._name} has its cluster {index} at {int(hosts[index]):#x}, beyond the end of the file"
+            return Finding(rules.BITMAP_TABLE_ENTRY, table + 8 * index, what)
+
+        self._subject.findings.add_each(rules.BITMAP_TABLE_ENTRY, 1, int(outside.sum()), make)
+        self._subject.bitmap_data.append(offsets[~outside])
 
     def _judge_tail(self, last: int) -> None:
         """The bits of the last cluster that stand for nothing."""

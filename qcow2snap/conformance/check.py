@@ -18,7 +18,6 @@ from qcow2snap.block.qcow2.rules import Rule, Severity
 from qcow2snap.conformance.attribution import attributed, judge_mismatches
 from qcow2snap.conformance.bitmap_rules import judge_bitmaps
 from qcow2snap.conformance.counting import MAX_CLUSTERS, Window, windows
-from qcow2snap.conformance.deep import judge_contents
 from qcow2snap.conformance.figures import Figures, FragmentCounter
 from qcow2snap.conformance.findings import Finding, Findings
 from qcow2snap.conformance.header_rules import judge_encryption, judge_header
@@ -119,10 +118,15 @@ def check(file: FileNode, options: Options = Options()) -> Report:  # noqa: B008
     structures = RefcountStructures(subject)
     walk = References(file, header, states, L1Judge(subject, tuple(states)))
     judge_vm_states(subject, walk)
+    unread = sum(states[number].can_follow(header) for number in walk.left_out)
+    if unread:
+        findings.problems.append(f"the L1 tables of {unread} states are too much for one check, and were not read")
     figures = None
     if not options.quick:
         figures = _Pass(subject, walk, structures, options).run()
     if options.deep and not options.quick:
+        from qcow2snap.conformance.deep import judge_contents  # and the codecs
+
         judge_contents(subject, walk, options.advance)
     findings.replace(attributed(subject, walk, findings.kept))
     return _report(file, header, findings, states, snapshots, figures)

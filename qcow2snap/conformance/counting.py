@@ -7,13 +7,14 @@ each cluster and a fixed amount.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qcow2snap.conformance.l2_batches import COPIED, L2Batch, touched_clusters
+from qcow2snap.conformance.l2_batches import COPIED, L2Batch, counted, distinct, touched_clusters
 from qcow2snap.conformance.refcounts import RefcountStructures
 from qcow2snap.conformance.references import References
 from qcow2snap.conformance.subject import Subject
@@ -53,9 +54,9 @@ class Window:
 
     def add_metadata(self, walk: References) -> None:
         """Everything but data clusters. To be called first."""
-        for region in self._subject.regions:
-            first, last = region.offset >> self._bits, (region.offset + region.length - 1) >> self._bits
-            self.counts[max(0, first - self.start) : max(0, last + 1 - self.start)] += np.uint32(1)
+        for (offset, length), number in Counter((r.offset, r.length) for r in self._subject.regions).items():
+            first, last = offset >> self._bits, (offset + length - 1) >> self._bits
+            self.counts[max(0, first - self.start) : max(0, last + 1 - self.start)] += np.uint32(number)
         tables = walk.tables
         rows = np.arange(len(tables))
         lengths = None
@@ -64,8 +65,19 @@ class Window:
         rows, clusters = touched_clusters(rows, tables.offsets, lengths, self._bits)
         self._add(clusters, tables.counts[rows])
         self._add(self._blocks, np.ones(len(self._blocks), np.int64))
-        self._metadata = np.flatnonzero(self.counts)
+        bits = self._subject.bitmap_clusters()
+        self._add(bits, np.ones(len(bits), np.int64))
+        self._metadata = self._places_of_metadata(np.concatenate((clusters, bits)))
         self._metadata_counts = self.counts[self._metadata]
+
+    def _places_of_metadata(self, others: Indexes) -> Indexes:
+        """Where `counts` is not zero, by what was counted, as long as that is little."""
+        regions = {(r.offset, r.length) for r in self._subject.regions}
+        ranges = [(offset >> self._bits, (offset + length - 1) >> self._bits) for offset, length in regions]
+        if sum(last - first for first, last in ranges) > _PIECE:
+            return np.flatnonzero(self.counts)
+        parts = [np.arange(first, last + 1) for first, last in ranges]
+        return distinct(self._within(np.concatenate([*parts, others, self._blocks]))) - self.start
 
     def add_batch(self, batch: L2Batch) -> None:
         """The data clusters of some L2 tables."""
@@ -93,41 +105,49 @@ class Window:
         wrong = np.zeros(batch.entries.shape, np.bool_)
         nb_entries = batch.entries.shape[1]
         rows, firsts = batch.runs
-        for row, first in zip(rows.tolist(), firsts.tolist(), strict=True):
+        for row, first, copied in zip(rows.tolist(), firsts.tolist(), batch.run_is_copied.tolist(), strict=True):
             if is_active[row]:
                 low, high = max(first, self.start), min(first + nb_entries, self.stop)
                 if low < high:
-                    columns = slice(low - first, high - first)
-                    is_one = self._is_one(slice(low - self.start, high - self.start))
-                    wrong[row, columns] = (batch.entries[row, columns] & COPIED != 0) != is_one
-                    self._forgive(wrong[row, columns], slice(low - self.start, high - self.start))
-        if len(rows) < len(batch.entries):
-            chosen = batch.is_standard & is_active[:, None]
-            chosen[rows] = False
-            self._judge_scattered(batch, chosen, wrong)
+                    within = slice(low - self.start, high - self.start)
+                    bad = self._is_one(within) != copied
+                    self._forgive(bad, within)
+                    if bad.any():
+                        wrong[row, low - first : high - first] = bad
+        rest = batch.others
+        if len(rest.entries):
+            self._judge_scattered(rest, wrong)
         if wrong.any():
             add_copied(self._subject, batch, wrong)
 
-    def _judge_scattered(self, batch: L2Batch, chosen: NDArray[np.bool_], wrong: NDArray[np.bool_]) -> None:
-        rows, columns = np.nonzero(chosen)
+    def _judge_scattered(self, batch: L2Batch, wrong: NDArray[np.bool_]) -> None:
+        """`wrong` is for the tables that `batch` was taken from."""
+        rows, columns, offsets = batch.standard
+        is_active = batch.is_active
+        if not is_active.all():
+            chosen = is_active[rows]
+            rows, columns, offsets = rows[chosen], columns[chosen], offsets[chosen]
         if not len(rows):
             return
-        entries = batch.entries[rows, columns]
-        is_copied = entries & COPIED != 0
+        is_copied = batch.entries[rows, columns] & COPIED != 0
         if self._subject.header.has_data_file:
-            wrong[rows, columns] = ~is_copied if self.start == 0 else False
-            return
-        clusters = ((entries & np.uint64((1 << 56) - 512)) >> np.uint64(self._bits)).astype(np.int64)
-        in_window = (clusters >= self.start) & (clusters < self.stop)
-        within = np.where(in_window, clusters - self.start, 0)
-        is_one = self._is_one(within) & in_window
-        bad = (is_copied != is_one) & in_window
-        self._forgive(bad, within)
-        beyond = clusters > self._subject.nb_clusters
-        if self.start == 0 and beyond.any():  # a cluster that was cut off may have its refcount still
-            refcounts = self._structures.refcounts_at(clusters[beyond])
-            bad[beyond] = (is_copied[beyond] != (refcounts == 1)) & (refcounts >= 0)
-        wrong[rows, columns] = bad
+            bad = ~is_copied & (self.start == 0)
+        else:
+            clusters = offsets >> self._bits
+            if int(clusters.min()) >= self.start and int(clusters.max()) < self.stop:
+                within = clusters - self.start if self.start else clusters
+                bad = self._is_one(within) != is_copied
+            else:
+                in_window = (clusters >= self.start) & (clusters < self.stop)
+                within = np.where(in_window, clusters - self.start, 0)
+                bad = (is_copied != self._is_one(within)) & in_window
+            self._forgive(bad, within)
+            beyond = clusters > self._subject.nb_clusters
+            if self.start == 0 and beyond.any():  # a cluster that was cut off may have its refcount still
+                refcounts = self._structures.refcounts_at(clusters[beyond])
+                bad[beyond] = (is_copied[beyond] != (refcounts == 1)) & (refcounts >= 0)
+        if bad.any():
+            wrong[batch.rows[rows[bad]], columns[bad]] = True
 
     def _is_one(self, where: slice | Indexes) -> NDArray[np.bool_]:
         one: NDArray[np.bool_] = self.refcounts[where] == 1
@@ -170,7 +190,7 @@ class Window:
 
         QEMU adds blocks last, and wants the number of references after each to be one.
         """
-        blocks, numbers = np.unique(self._blocks, return_counts=True)
+        blocks, numbers = counted(self._blocks)
         totals = np.minimum(self.counts[blocks - self.start].astype(np.int64), min(self._maximum, 1 << 32))
         before = self.counts[blocks - self.start].astype(np.int64) - numbers
         minded = np.where(before > 0, numbers, numbers - 1)

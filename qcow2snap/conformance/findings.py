@@ -8,8 +8,15 @@ from typing import NamedTuple
 
 from qcow2snap.block.node import ImageFormatError
 from qcow2snap.block.qcow2.rules import RULES, Rule
+from qcow2snap.block.snapshot_ref import shown
 
+_SHORT = 80  # characters of a name
 KEPT = 1000  # findings of one rule that are kept; the others are counted
+
+
+def short(name: str) -> str:
+    """A name of the image, which may have 64 KiB of anything, for a line of text."""
+    return shown(name if len(name) <= _SHORT else name[:_SHORT] + "…")
 
 
 class L2Place(NamedTuple):

@@ -27,7 +27,7 @@ from qcow2snap.block.qcow2.header import (
     parse_header,
     unknown_features,
 )
-from qcow2snap.conformance.findings import Finding, Findings
+from qcow2snap.conformance.findings import Finding, Findings, short
 from qcow2snap.conformance.subject import Region, Subject
 
 _COMPRESSION_TYPE_END = 105
@@ -54,7 +54,7 @@ def judge_header(file: FileNode, findings: Findings) -> ImageHeader | None:
         findings.add_error(damage, stops=True)
     unknown = unknown_features(fields, extensions)
     if unknown:
-        what = f"the image needs a feature that is not known here: {unknown}"
+        what = f"the image needs a feature that is not known here: {short(unknown)}"
         findings.add(Finding(rules.HEADER_INCOMPATIBLE, 72, what, stops=True))
         return None
     _judge_padding(fields, findings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from qcow2snap.conformance.l2_batches import distinct
 from qcow2snap.conformance.refcounts import RefcountStructures
 from qcow2snap.conformance.references import References
 from qcow2snap.conformance.subject import Region, Subject
@@ -25,12 +26,13 @@ class Structures:
         self._names = {(region.offset, region.length): region for region in reversed(subject.regions)}
         size = subject.header.cluster_size
         self._tables = walk.tables.offsets
-        self._blocks = np.unique(refcounts.blocks)
+        self._blocks = distinct(refcounts.blocks)
+        self._bits_of_bitmaps = subject.bitmap_clusters()
         starts = [region.offset >> self._bits for region in self._regions]
         ends = [((region.offset + region.length - 1) >> self._bits) + 1 for region in self._regions]
         table_starts, table_ends = self._tables >> self._bits, (self._tables + size - 1 >> self._bits) + 1
-        self.starts = np.concatenate((np.array(starts, np.int64), table_starts, self._blocks))
-        self.ends = np.concatenate((np.array(ends, np.int64), table_ends, self._blocks + 1))
+        self.starts = np.concatenate((np.array(starts, np.int64), table_starts, self._blocks, self._bits_of_bitmaps))
+        self.ends = np.concatenate((np.array(ends, np.int64), table_ends, self._blocks + 1, self._bits_of_bitmaps + 1))
         self.overlaps = self._overlaps()  # clusters that two structures take, in order
 
     def _overlaps(self) -> list[int]:
@@ -60,4 +62,8 @@ class Structures:
         index -= nb_regions
         if index < len(self._tables):
             return Region(int(self._tables[index]), size, "an L2 table"), True
-        return Region(int(self._blocks[index - len(self._tables)]) << self._bits, size, "a refcount block"), False
+        index -= len(self._tables)
+        if index < len(self._blocks):
+            return Region(int(self._blocks[index]) << self._bits, size, "a refcount block"), False
+        index -= len(self._blocks)
+        return Region(int(self._bits_of_bitmaps[index]) << self._bits, size, "a cluster of a bitmap"), False

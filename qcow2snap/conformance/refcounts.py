@@ -11,6 +11,7 @@ from formats import qcow2 as layout
 from formats.qcow2 import RefcountTableEntry
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.conformance.findings import Finding
+from qcow2snap.conformance.l2_batches import distinct
 from qcow2snap.conformance.references import words
 from qcow2snap.conformance.subject import Region, Subject
 
@@ -117,7 +118,7 @@ class RefcountStructures:
         """The refcounts of any clusters, as `window` tells them; -1 where it cannot be read."""
         result = np.zeros(len(clusters), np.int64)
         blocks, within = np.divmod(clusters, self._per_block)
-        for index in np.unique(blocks[blocks < len(self._offsets)]).tolist():
+        for index in distinct(blocks[blocks < len(self._offsets)]).tolist():
             where = blocks == index
             if self._is_unreadable[index]:
                 result[where] = -1

@@ -26,15 +26,17 @@ from qcow2snap.block.file import FileNode
 from qcow2snap.block.node import SnapshotInfo
 from qcow2snap.block.qcow2.header import ImageHeader
 from qcow2snap.block.qcow2.snapshot_table import TableEntry
-from qcow2snap.conformance.l2_batches import L2Batch, read_batches
+from qcow2snap.conformance.l2_batches import L2Batch, counted, read_batches
 
 ACTIVE = 0  # the first of the states
 
 _OFFSET = np.uint64(L1TableEntry.mask("offset"))
-# Bytes of L1 tables that one walk reads. A hostile image may let each of 65,536 snapshots have the same 32 MiB.
-MAX_L1_BYTES = 2 << 30
+# Bytes of L1 tables that one walk reads. A hostile image may have 65,536 of 32 MiB each.
+MAX_L1_BYTES = 1 << 30
+MAX_L1_ENTRIES = 16 << 20  # of them that are not zero: 100 snapshots of a full disk of 80 TiB
 # Bytes of L2 tables that do not start at a cluster boundary: those may overlap, and come to any number.
 MAX_UNALIGNED_BYTES = 32 << 20
+_NOTHING: NDArray[np.uint64] = np.zeros(0, np.uint64)
 _PENDING = 1 << 20  # L1 entries that are gathered before they are put in order
 
 
@@ -113,16 +115,24 @@ class References:
         self.header = header
         self.states = tuple(states)
         self.file_size = file.current_size()
-        tally, left_out, budget = _Tally(), [], MAX_L1_BYTES
+        tally, left_out, budget, entry_budget = _Tally(), [], MAX_L1_BYTES, MAX_L1_ENTRIES
+        last: tuple[int, int] | None = None
+        entries = offsets = _NOTHING
         for number, state in enumerate(self.states):
-            if state.can_follow(header) and state.l1_length <= budget:
-                budget -= min(state.l1_length, max(0, self.file_size - state.l1_table_offset))
-                entries = state.read_l1(file)
-                if see is not None:
-                    see(number, entries)
-                tally.add(number, (entries[entries != 0] & _OFFSET).astype(np.int64))
-            else:
+            if not state.can_follow(header) or budget <= 0 or entry_budget <= 0:
                 left_out.append(number)
+                continue
+            if (state.l1_table_offset, state.l1_size) != last:
+                entries = offsets = _NOTHING  # 32 MiB each, that are not held while the next are made
+                entries = state.read_l1(file)
+                offsets = entries[entries != 0]
+                offsets &= _OFFSET
+                last = state.l1_table_offset, state.l1_size
+                budget -= entries.nbytes
+            if see is not None:
+                see(number, entries)
+            tally.add(number, offsets.view(np.int64))
+            entry_budget -= len(offsets)
         self.left_out = tuple(left_out)
         tables = tally.tables()
         is_inside = tables.offsets < self.file_size
@@ -162,12 +172,13 @@ class _Tally:
 
     def __init__(self) -> None:
         self._tables = L2Tables(*(np.zeros(0, np.int64) for _ in L2Tables._fields))
-        self._pending: list[tuple[int, Column]] = []
+        self._pending: list[tuple[int, Column, Column]] = []
         self._nb_pending = 0
 
     def add(self, state: int, offsets: Column) -> None:
-        self._pending.append((state, offsets))
-        self._nb_pending += len(offsets)
+        different, counts = counted(offsets)
+        self._pending.append((state, different, counts))
+        self._nb_pending += len(different)
         if self._nb_pending > max(_PENDING, len(self._tables)):
             self._merge()
 
@@ -176,13 +187,13 @@ class _Tally:
         return self._tables
 
     def _merge(self) -> None:
-        lengths = [len(offsets) for _, offsets in self._pending]
-        states = np.repeat(np.array([state for state, _ in self._pending], np.int64), lengths)
-        ones = np.ones(len(states), np.int64)
+        lengths = [len(offsets) for _, offsets, _ in self._pending]
+        states = np.repeat(np.array([state for state, _, _ in self._pending], np.int64), lengths)
+        counts = np.concatenate([np.zeros(0, np.int64), *(each for _, _, each in self._pending)])
         new = (
-            np.concatenate([np.zeros(0, np.int64), *(offsets for _, offsets in self._pending)]),
-            ones,
-            ones * (states == ACTIVE),
+            np.concatenate([np.zeros(0, np.int64), *(offsets for _, offsets, _ in self._pending)]),
+            counts,
+            counts * (states == ACTIVE),
             states,
             states,
         )

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qcow2snap.block.qcow2.rules import Severity
-from qcow2snap.block.snapshot_ref import shown
 from qcow2snap.conformance.advice import risk, what_to_do
 from qcow2snap.conformance.check import Report
-from qcow2snap.conformance.findings import Finding
+from qcow2snap.conformance.findings import Finding, short
 
 WORST = 10
 _NAMED = 5  # snapshots that are named in a line
@@ -45,7 +44,9 @@ def where(report: Report, finding: Finding) -> str:
     names = []
     for number in finding.states[:_NAMED]:
         snapshot = report.states[number] if number < len(report.states) else None
-        names.append("active disk" if snapshot is None else f"snapshot {shown(snapshot.name) or f'id {snapshot.id}'}")
+        names.append(
+            "active disk" if snapshot is None else f"snapshot {short(snapshot.name) or f'id {short(snapshot.id)}'}"
+        )
     more = len(finding.states) - len(names)
     if more:
         names.append(f"{more} more")

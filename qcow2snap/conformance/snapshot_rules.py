@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from formats import qcow2 as layout
 from qcow2snap.block.node import SnapshotInfo
 from qcow2snap.block.qcow2 import rules
-from qcow2snap.block.qcow2.snapshot_table import TableEntry, parse_entry, used_size
-from qcow2snap.block.snapshot_ref import shown
-from qcow2snap.conformance.findings import Finding
+from qcow2snap.block.qcow2.snapshot_table import TableEntry, TableWindow, parse_entry, used_size
+from qcow2snap.conformance.findings import Finding, short
+from qcow2snap.conformance.l2_batches import distinct
 from qcow2snap.conformance.references import References
 from qcow2snap.conformance.subject import Region, Subject
 
@@ -41,12 +42,12 @@ def read_snapshots(subject: Subject) -> SnapshotEntries:
     if count > layout.MAX_SNAPSHOTS:
         what = f"the snapshot table has {count} entries, more than {layout.MAX_SNAPSHOTS}"
         findings.add(Finding(rules.HEADER_SNAPSHOTS, 60, what, stops=True))
-    table = subject.file.pread_available(offset, layout.MAX_SNAPSHOT_TABLE_SIZE + (1 << 16))
+    window, length = TableWindow(subject.file), max(0, subject.file_size - offset)
     entries: list[TableEntry] = []
     position = end = 0
     nb_lost = 0
     for index in range(min(count, layout.MAX_SNAPSHOTS)):
-        fixed = table[position : position + layout.SNAPSHOT_HEADER_LENGTH].ljust(layout.SNAPSHOT_HEADER_LENGTH, b"\0")
+        fixed = window.read(offset + position, layout.SNAPSHOT_HEADER_LENGTH).ljust(len(_NO_ENTRY), b"\0")
         used = used_size(fixed)
         end = position + used
         if end > layout.MAX_SNAPSHOT_TABLE_SIZE:
@@ -56,7 +57,7 @@ def read_snapshots(subject: Subject) -> SnapshotEntries:
             break
         where = f"snapshot table entry {index + 1} of {count}"
         if fixed == _NO_ENTRY:
-            if position >= len(table):  # all that follow are lost too
+            if position >= length:  # all that follow are lost too
                 rest = min(count, layout.MAX_SNAPSHOTS) - index
                 _lose(subject, position, index, rest)
                 nb_lost += rest
@@ -65,8 +66,8 @@ def read_snapshots(subject: Subject) -> SnapshotEntries:
             _lose(subject, position, index, 1)
             nb_lost += 1
         else:
-            nb_lost += end > len(table)
-            raw = table[position : position + used + -used % 8].ljust(used + -used % 8, b"\0")
+            nb_lost += end > length
+            raw = window.read(offset + position, used + -used % 8).ljust(used + -used % 8, b"\0")
             entries.append(parse_entry(raw, header, index, offset + position))
             _judge_form(subject, fixed, offset + position, where, index)
         position = end + -end % 8
@@ -113,15 +114,24 @@ def judge_snapshots(subject: Subject, entries: Sequence[TableEntry]) -> None:
         _judge_sizes(subject, entry, number)
 
 
+def _named(info: SnapshotInfo) -> str:
+    return f"snapshot {short(info.name)} (id {short(info.id)})"
+
+
 def _judge_l1_place(subject: Subject, entry: TableEntry, number: int) -> None:
     where, info = entry.info.host_offset, entry.info
     if entry.l1_table_offset % subject.header.cluster_size:
-        what = f"the L1 table of snapshot {info} is at {entry.l1_table_offset:#x}, not a cluster boundary"
+        what = f"the L1 table of {_named(info)} is at {entry.l1_table_offset:#x}, not a cluster boundary"
     elif 8 * entry.l1_size > layout.MAX_L1_TABLE_SIZE:
         where += 8
-        what = f"the L1 table of snapshot {info} has {entry.l1_size} entries, more than 32 MiB"
+        what = f"the L1 table of {_named(info)} has {entry.l1_size} entries, more than 32 MiB"
     else:
-        region = Region(entry.l1_table_offset, 8 * entry.l1_size, f"the L1 table of snapshot {info}", (number,))
+        region = Region(
+            entry.l1_table_offset,
+            8 * entry.l1_size,
+            f"the L1 table of {_named(info)}",
+            (number,),
+        )
         subject.takes(region, rules.L1_COMPLETE)
         return
     subject.findings.add(Finding(rules.SNAPSHOT_L1_OFFSET, where, what, states=(number,)))
@@ -133,12 +143,12 @@ def _judge_sizes(subject: Subject, entry: TableEntry, number: int) -> None:
     needed = -(-(start + info.vm_state_size) // subject.header.l2_coverage)
     if needed > entry.l1_size:
         what = (
-            f"snapshot {info}, with a disk of {info.size} bytes and a VM state of {info.vm_state_size}, needs {needed} "
+            f"{_named(info)}, with a disk of {info.size} bytes and a VM state of {info.vm_state_size}, needs {needed} "
             f"L1 entries and has {entry.l1_size}"
         )
         findings.add(Finding(rules.SNAPSHOT_L1_SIZE, info.host_offset + 8, what, states=(number,)))
     if info.size % layout.SECTOR_SIZE:
-        what = f"the disk size of snapshot {info} is {info.size} bytes"
+        what = f"the disk size of {_named(info)} is {info.size} bytes"
         findings.add(Finding(rules.SNAPSHOT_SIZE_SECTORS, info.host_offset + 48, what, states=(number,)))
 
 
@@ -150,22 +160,22 @@ def _judge_names(subject: Subject, snapshots: Sequence[SnapshotInfo]) -> None:
         by_id[info.id].append(number)
         by_name[info.name].append(number)
         if not info.id:
-            what = f"snapshot {shown(info.name)} has no id"
+            what = f"snapshot {short(info.name)} has no id"
             findings.add(Finding(rules.SNAPSHOT_ID_EMPTY, info.host_offset + 12, what, states=(number,)))
         if not (_is_plain(info.id) and _is_plain(info.name)):
-            what = f"id or name of snapshot {shown(info.name)} is not UTF-8, or has a NUL"
+            what = f"id or name of snapshot {short(info.name)} is not UTF-8, or has a NUL"
             findings.add(Finding(rules.SNAPSHOT_TEXT, info.host_offset, what, states=(number,)))
     for id_, numbers in by_id.items():
         if len(numbers) > 1 and id_:
-            what = f"{len(numbers)} snapshots have the id {shown(id_)}"
+            what = f"{len(numbers)} snapshots have the id {short(id_)}"
             where = snapshots[numbers[1] - 1].host_offset
             findings.add(Finding(rules.SNAPSHOT_ID_UNIQUE, where, what, states=tuple(numbers)))
     for name, numbers in by_name.items():
         others = [number for number in by_id.get(name, []) if number not in numbers] if name else []
         if len(numbers) > 1 or others:
-            what = f"{len(numbers)} snapshots have the name {shown(name)}" if len(numbers) > 1 else ""
+            what = f"{len(numbers)} snapshots have the name {short(name)}" if len(numbers) > 1 else ""
             what += " and " if what and others else ""
-            what += f"{shown(name)} is the id of one snapshot and the name of another" if others else ""
+            what += f"{short(name)} is the id of one snapshot and the name of another" if others else ""
             states = tuple(sorted({*numbers, *others}))
             findings.add(
                 Finding(rules.SNAPSHOT_NAME_UNIQUE, snapshots[numbers[0] - 1].host_offset, what, states=states)
@@ -177,38 +187,51 @@ def _is_plain(text: str) -> bool:
 
 
 def judge_vm_states(subject: Subject, walk: References) -> None:
-    """Whether VM states are all there: the first gap of each. Reads the L2 tables of VM states."""
-    header = subject.header
+    """Whether VM states are all there: the first gap of each. Reads the L2 tables of VM states, each once."""
+    header, gaps = subject.header, _Gaps(subject)
     for number, state in enumerate(walk.states):
         info = state.snapshot
         if info is None or not info.vm_state_size or number in walk.left_out:
             continue
         first = header.vm_state_offset(info.size) // header.l2_coverage
         end = first + -(-info.vm_state_size // header.l2_coverage)
-        entries = state.read_l1(subject.file)[first:end] if end <= state.l1_size else ()
-        left = info.vm_state_size
-        for index, entry in enumerate(entries):
-            gap = _first_gap(subject, int(entry), min(left, header.l2_coverage))
-            if gap is not None:
-                guest_offset = index * header.l2_coverage + gap
-                what = f"the VM state of snapshot {info} has {info.vm_state_size} bytes, and none at {guest_offset:#x}"
-                subject.findings.add(
-                    Finding(
-                        rules.SNAPSHOT_VM_STATE, state.l1_table_offset + 8 * (first + index), what, states=(number,),
-                        guest_offset=guest_offset, in_vm_state=True,
-                    )
-                )  # fmt: skip
-                break
-            left -= header.l2_coverage
+        if end > state.l1_size:
+            continue  # which another rule is about
+        gap = gaps.first(state.read_l1(subject.file)[first:end], info.vm_state_size)
+        if gap is not None:
+            where = state.l1_table_offset + 8 * (first + gap // header.l2_coverage)
+            what = f"the VM state of {_named(info)} has {info.vm_state_size} bytes, and none at {gap:#x}"
+            subject.findings.add(
+                Finding(
+                    rules.SNAPSHOT_VM_STATE, where, what, states=(number,), guest_offset=gap, in_vm_state=True
+                )
+            )  # fmt: skip
 
 
-def _first_gap(subject: Subject, l1_entry: int, length: int) -> int | None:
-    """Where the first cluster is that an L2 table leaves unallocated among the first `length` bytes."""
-    header, offset = subject.header, l1_entry & layout.L1TableEntry.mask("offset")
-    if not offset:
-        return 0
-    nb_clusters = -(-length // header.cluster_size)
-    data = subject.file.pread_available(offset, nb_clusters * header.l2_entry_size)
-    words = np.frombuffer(data.ljust(nb_clusters * header.l2_entry_size, b"\0"), dtype=">u8")
-    gaps = np.flatnonzero(words.reshape(nb_clusters, -1)[:, 0] == 0)
-    return int(gaps[0]) * header.cluster_size if len(gaps) else None
+class _Gaps:
+    """Where L2 tables leave clusters unallocated."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._known: dict[int, int] = {}  # by host offset of a table: bytes before its first gap
+
+    def first(self, entries: NDArray[np.uint64], length: int) -> int | None:
+        """Which byte is the first, of so many that the entries of an L1 table are for, that is unallocated."""
+        header = self._subject.header
+        offsets = (entries & np.uint64(layout.L1TableEntry.mask("offset"))).view(np.int64)
+        before = {0: 0} | {offset: self._before(offset) for offset in distinct(offsets).tolist() if offset}
+        incomplete = [offset for offset, nbytes in before.items() if nbytes < header.l2_coverage]
+        for index in np.flatnonzero(np.isin(offsets, incomplete))[:2].tolist():  # the last one need not be whole
+            gap = index * header.l2_coverage + before[int(offsets[index])]
+            if gap < length:
+                return int(gap)
+        return None
+
+    def _before(self, offset: int) -> int:
+        header = self._subject.header
+        if offset not in self._known:
+            data = self._subject.file.pread_available(offset, header.cluster_size).ljust(header.cluster_size, b"\0")
+            firsts = np.frombuffer(data, dtype=np.uint64)[:: header.l2_entry_size // 8]
+            gaps = np.flatnonzero(firsts == 0)
+            self._known[offset] = (int(gaps[0]) if len(gaps) else len(firsts)) * header.cluster_size
+        return self._known[offset]

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qcow2snap.block.file import FileNode
 from qcow2snap.block.qcow2.header import ImageHeader
 from qcow2snap.block.qcow2.rules import Rule
 from qcow2snap.conformance.findings import Finding, Findings
+
+_MAX_BITMAP_TABLES = 64 << 20  # bytes of the tables of all bitmaps that one check reads
 
 
 class Region(NamedTuple):
@@ -27,6 +32,8 @@ class Subject:
         self.file_size = file.current_size()
         self.header = header
         self.findings = findings
+        self.bitmap_data: list[NDArray[np.int64]] = []  # host offsets of clusters, at their boundaries
+        self.bitmap_budget = _MAX_BITMAP_TABLES
         self.regions: list[Region] = []  # what counts as a reference besides L2 tables and what these refer to
 
     @property
@@ -48,3 +55,7 @@ class Subject:
             self.findings.add(Finding(rule, region.offset, what, states=region.states, stops=stops))
         else:
             self.regions.append(region)
+
+    def bitmap_clusters(self) -> NDArray[np.int64]:
+        """Host clusters of the bits of bitmaps; one that two refer to, twice."""
+        return np.concatenate([np.zeros(0, np.int64), *self.bitmap_data]) >> self.header.cluster_bits

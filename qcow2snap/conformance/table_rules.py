@@ -34,6 +34,8 @@ class L1Judge:
     def __call__(self, number: int, entries: NDArray[np.uint64]) -> None:
         cluster_size = self._subject.header.cluster_size
         bits = int(np.bitwise_or.reduce(entries)) if len(entries) else 0
+        if not bits:
+            return
         if bits & _L1_RESERVED:
             found = np.flatnonzero(entries & np.uint64(_L1_RESERVED))
             self._add(rules.L1_RESERVED, number, entries, found, "reserved bits are set in it")
@@ -41,7 +43,7 @@ class L1Judge:
             found = np.flatnonzero(entries & np.uint64(_L1_OFFSET & (cluster_size - 1)))
             self._add(rules.L1_ENTRY_ALIGNED, number, entries, found, "not a cluster boundary")
         offsets = entries & np.uint64(_L1_OFFSET)
-        if len(offsets) and int(offsets.max()) >= self._subject.file_size:
+        if int(offsets.max()) >= self._subject.file_size:
             found = np.flatnonzero(offsets >= np.uint64(self._subject.file_size))
             self._add(rules.L2_COMPLETE, number, entries, found, "the L2 table lies beyond the end of the file")
 
@@ -106,8 +108,10 @@ def judge_l2(subject: Subject, batch: L2Batch) -> None:
         _add(subject, batch, rule, zero, "bit 0 is set in it", np.zeros_like(batch.tables.counts))
     rest = batch.others
     if not header.has_data_file and len(rest.entries):
-        copied_alone = (rest.entries & (COPIED | OFFSET) == COPIED) & ~rest.is_compressed
-        _add(subject, rest, rules.L2_OFFSET_ZERO, copied_alone, "bit 63 is set, and there is no host offset")
+        copied_alone = rest.entries & (COPIED | OFFSET) == COPIED
+        if copied_alone.any():
+            what = "bit 63 is set, and there is no host offset"
+            _add(subject, rest, rules.L2_OFFSET_ZERO, copied_alone & ~rest.is_compressed, what)
         rows, columns, offsets = rest.standard
         if len(offsets) and int(offsets.max()) >= subject.file_size:
             outside = np.zeros(rest.entries.shape, np.bool_)

@@ -6,28 +6,38 @@ Anything but a result or a Qcow2SnapError is a bug, and so is taking long or muc
 
 from __future__ import annotations
 
+import json
 import random
 import warnings
 from collections.abc import Callable, Iterator
 from itertools import islice, pairwise
+from xml.etree import ElementTree
 
+from qcow2snap.block.file import FileNode
 from qcow2snap.block.graph import OpenOptions, open_image
-from qcow2snap.block.node import BlockNode, Qcow2SnapError
+from qcow2snap.block.node import BlockNode, ImageFormatError, Qcow2SnapError
 from qcow2snap.block.qcow2.driver import Qcow2Node
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
 from qcow2snap.cli.list import snapshot_json, snapshot_lines
+from qcow2snap.conformance import report_text
+from qcow2snap.conformance.check import Options, check
+from qcow2snap.conformance.report_json import report_fields
+from qcow2snap.conformance.report_junit import junit
+from qcow2snap.conformance.report_sarif import sarif_log
 from qcow2snap.forensics import describe
 from qcow2snap.forensics.diff import verified
 
 MAX_SNAPSHOTS = 8
 MAX_EXTENTS = 20_000
+MAX_FINDINGS = 100
 MAX_READ = 1 << 20  # bytes at a time
 
 
 def exercise(filename: str) -> str:
-    """Open, describe, list, map, read and compare the states of an image; returns how far that went."""
+    """Check, open, describe, list, map, read and compare the states of an image; returns how far that went."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        _check(filename)
         for with_children in (True, False):
             try:
                 image = open_image(filename, OpenOptions(), with_children=with_children)
@@ -45,6 +55,22 @@ def exercise(filename: str) -> str:
                 image.close()
             return "read" if with_children else "described"
     return "refused"
+
+
+def _check(filename: str) -> None:
+    """The checker, whatever the readers say of the image; and its reports, which hold names and numbers of it."""
+    file = FileNode(filename)
+    try:
+        report = check(file, Options(deep=True))
+    except ImageFormatError:  # no qcow2 image at all
+        return
+    finally:
+        file.close()
+    assert all("\n" not in finding.message for finding in report.findings)
+    assert bool(report.findings or report.problems) == bool(report.exit_code) or report.exit_code == 0
+    json.dumps([report_fields(report, MAX_FINDINGS), sarif_log(report, "0", MAX_FINDINGS)])
+    ElementTree.fromstring(junit(report, MAX_FINDINGS))
+    "\n".join(report_text.lines(report))
 
 
 def _describe(image: Qcow2Node) -> None:

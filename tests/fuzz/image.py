@@ -16,7 +16,8 @@ import tempfile
 import atheris
 
 with atheris.instrument_imports(include=["formats", "qcow2snap"]):
-    import qcow2snap.block.qcow2.view  # noqa: F401  # loaded late otherwise, without instruments
+    import qcow2snap.block.qcow2.view
+    import qcow2snap.conformance.check  # noqa: F401  # these are loaded late otherwise, without instruments
     from tests.fuzz.exercise import exercise
 
 _directory = tempfile.mkdtemp(prefix="qcow2snap-fuzz-")

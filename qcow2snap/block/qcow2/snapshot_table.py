@@ -56,7 +56,7 @@ def parse_table(
 
 def raw_entries(file: FileNode, header: ImageHeader) -> Iterator[tuple[int, bytes]]:
     """Where each entry starts in the file, and its bytes, padding and all. Not an entry: ImageFormatError."""
-    window = _Window(file)
+    window = TableWindow(file)
     position = header.snapshots_offset
     if header.nb_snapshots and position % header.cluster_size:
         raise rules.HEADER_SNAPSHOTS.broken(64, f"the snapshot table is at {position:#x}, not a cluster boundary")
@@ -73,7 +73,7 @@ def used_size(raw: bytes) -> int:
     return layout.SNAPSHOT_HEADER_LENGTH + sum(int.from_bytes(raw[a:b], "big") for a, b in _VARIABLE_SIZES)
 
 
-def _read_entry(window: _Window, header: ImageHeader, position: int, index: int) -> bytes:
+def _read_entry(window: TableWindow, header: ImageHeader, position: int, index: int) -> bytes:
     what = f"snapshot {index + 1} of {header.nb_snapshots}"
     fixed = window.read(position, layout.SNAPSHOT_HEADER_LENGTH)
     if len(fixed) < layout.SNAPSHOT_HEADER_LENGTH:
@@ -115,7 +115,7 @@ def parse_entry(raw: bytes, header: ImageHeader, index: int, position: int) -> T
     return TableEntry(info, fields.l1_table_offset, fields.l1_size, raw)
 
 
-class _Window:
+class TableWindow:
     """A stretch of the file, moved on when the next entry might not be in it: few reads for many small entries."""
 
     def __init__(self, file: FileNode) -> None:
