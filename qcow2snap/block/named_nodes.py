@@ -137,6 +137,10 @@ class Graph:
         """The newest first, as QEMU lists them."""
         return iter([*reversed(self._nodes.values())])
 
+    @property
+    def roots(self) -> Sequence[Root]:
+        return tuple(self._roots)
+
     def get(self, name: str, *, device: str = "") -> NamedNode:
         """`device` is the name as well, where QEMU's command or option takes one of either."""
         found = self._nodes.get(name)
@@ -238,7 +242,9 @@ class Graph:
             self._drop_unused(old)
 
     def close(self) -> None:
-        """Close all nodes, parents before their children."""
+        """Close all nodes, parents before their children, whoever still has a hold on them."""
+        for root in [*self._roots]:
+            self.release(root)
         while self._nodes:
             for each in self:
                 if not each.parents:

@@ -44,11 +44,6 @@ def names(perm: Perm) -> str:
     return ", ".join((each.name or "").lower().replace("_", " ") for each in Perm if each & perm)
 
 
-def through_filter(above: Use) -> Use:
-    """What a node that only passes requests on needs of its child: what its own parents do."""
-    return above
-
-
 def of_format_file(writable: bool) -> Use:
     """A format driver's use of the file that holds its metadata, whatever its parents do."""
     perm = Perm.CONSISTENT_READ
@@ -64,8 +59,7 @@ def of_copied_disk(above: Use, has_parents: bool) -> Use:
     """copy-before-write's use of the disk: once somebody uses the filter, nobody may write past it."""
     if not has_parents:
         return above
-    perm = above.perm | Perm.CONSISTENT_READ if above.perm & Perm.WRITE else above.perm
-    return Use(perm, above.shared & ~(Perm.WRITE | Perm.RESIZE))
+    return Use(above.perm | Perm.CONSISTENT_READ, above.shared & ~(Perm.WRITE | Perm.RESIZE))
 
 
 # copy-before-write's use of its target. QEMU lets others write there, too; what they wrote would be taken for the disk.

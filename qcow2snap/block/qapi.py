@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from qcow2snap.block.node import InvalidOption
@@ -169,21 +169,16 @@ class Alternate(Type):
 class Later(Type):
     """A type that has itself in it."""
 
-    def __init__(self, find: Any) -> None:
+    def __init__(self, find: Callable[[], Type]) -> None:
         self._find = find
 
     def read(self, value: Any, path: str, *, strings: bool) -> Any:
-        kind: Type = self._find()
-        return kind.read(value, path, strings=strings)
+        return self._find().read(value, path, strings=strings)
 
 
 def optional(**members: Type) -> dict[str, Type]:
     """Members that need not be there; underscores in names are hyphens."""
     return {f"{name.replace('_', '-')}*": kind for name, kind in members.items()}
-
-
-def without(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in set(names)}
 
 
 def _join(path: str, name: str) -> str:

@@ -141,7 +141,8 @@ class Client:
 class SocketChardev(Chardev):
     """A socket that listens, for any number of clients, or one that is connected to a listener."""
 
-    def __init__(self, options: Mapping[str, Any]) -> None:
+    def __init__(self, options: Mapping[str, Any], loop: Loop) -> None:
+        """With server=on and without wait=off, only when the first client is there, or the loop is stopped."""
         self._listener: Listener | None = None
         self._first: list[socket.socket] = []  # who is there before anybody speaks with them
         self._clients: dict[Client, socket.socket] = {}
@@ -157,11 +158,18 @@ class SocketChardev(Chardev):
             self._listener = listen_unix(*where) if len(where) == 1 else listen_tcp(where[0], _port(where[1]))
             if options.get("wait", True):
                 print(f"qcow2snap: waiting for a client on {', '.join(where)}", file=sys.stderr, flush=True)
-                self._listener.socket.setblocking(True)
-                self._first.append(self._listener.socket.accept()[0])
-                self._listener.socket.setblocking(False)
+                self._wait(loop)
         else:
             self._first.append(_connect(where))
+
+    def _wait(self, loop: Loop) -> None:
+        self._loop = loop
+        self._start = self._first.append
+        self._watch()
+        while not self._first and not loop.is_stopping:
+            loop.turn()
+        assert self._listener is not None
+        loop.on_read(self._listener.socket.fileno(), None)  # the others, when somebody speaks with them
 
     def serve(self, loop: Loop, execute: Execute, *, pretty: bool) -> None:
         def start(sock: socket.socket) -> None:
@@ -171,9 +179,9 @@ class SocketChardev(Chardev):
             self._watch()
 
         self._loop, self._start = loop, start
-        for sock in self._first:
+        first, self._first = self._first, []
+        for sock in first:
             start(sock)
-        self._first.clear()
         self._watch()
 
     def event(self, name: str, data: Mapping[str, Any]) -> None:
@@ -233,8 +241,8 @@ class StdioChardev(Chardev):
                 os.set_blocking(descriptor, True)  # others may have it, too
 
 
-def make_chardev(options: Mapping[str, Any]) -> Chardev:
-    return StdioChardev() if options["backend"] == "stdio" else SocketChardev(options)
+def make_chardev(options: Mapping[str, Any], loop: Loop) -> Chardev:
+    return StdioChardev() if options["backend"] == "stdio" else SocketChardev(options, loop)
 
 
 def _connect(where: tuple[str, ...]) -> socket.socket:

@@ -88,6 +88,7 @@ def _commands() -> dict[str, Command]:
         "query-named-block-nodes": Command(
             Struct(optional(flat=Boolean())), lambda d, a: queries.nodes(d.graph, flat=a.get("flat", False))
         ),
+        "x-debug-query-block-graph": Command(nothing, lambda d, a: queries.block_graph(d.graph)),
         "query-snapshots": Command(node, lambda d, a: queries.snapshots(d.graph.get(a["node-name"]))),
         "query-version": Command(nothing, lambda d, a: VERSION),
         "query-status": Command(nothing, lambda d, a: {"status": "running", "running": True, "singlestep": False}),

@@ -48,7 +48,7 @@ class Daemon:
         name = options["id"]
         if name in self._chardevs:
             raise InvalidOption(f"Chardev with id '{name}' already exists")
-        self._chardevs[name] = make_chardev(options)
+        self._chardevs[name] = make_chardev(options, self.loop)
 
     def add_monitor(self, options: Mapping[str, Any]) -> None:
         """Speak QMP on a character device."""

@@ -41,6 +41,10 @@ class Loop:
         with suppress(OSError):  # it has been woken often enough, or has ended
             self._waker.send(b"\0")
 
+    @property
+    def is_stopping(self) -> bool:
+        return self._is_stopping
+
     def stop(self) -> None:
         self._is_stopping = True
 

@@ -9,6 +9,7 @@ from qcow2snap.block.file import FileNode
 from qcow2snap.block.graph import files_of
 from qcow2snap.block.named_nodes import Graph, NamedNode
 from qcow2snap.block.node import BlockNode, Qcow2SnapError, SnapshotAccess, UnsupportedFeature
+from qcow2snap.block.permissions import Perm
 from qcow2snap.block.qcow2.driver import Qcow2Node
 from qcow2snap.daemon.exports import BlockExports
 from qcow2snap.forensics.describe import describe
@@ -31,6 +32,34 @@ def exports(all_exports: BlockExports) -> list[dict[str, Any]]:
 
 def nodes(graph: Graph, *, flat: bool) -> list[dict[str, Any]]:
     return [_node(each, flat=flat) for each in graph]
+
+
+def block_graph(graph: Graph) -> dict[str, Any]:
+    """x-debug-query-block-graph: nodes and their users, and what each does with which and lets others do."""
+    numbers: dict[object, int] = {}
+    listed, edges = [], []
+    for root in graph.roots:
+        numbers[root.edge] = len(numbers) + 1
+        listed.append({"id": numbers[root.edge], "type": "block-backend", "name": ""})
+    for node in graph:
+        numbers[node] = len(numbers) + 1
+        listed.append({"id": numbers[node], "type": "block-driver", "name": node.name})
+    for node in graph:
+        for edge in node.parents:
+            edges.append(
+                {
+                    "parent": numbers[edge.parent or edge],
+                    "child": numbers[node],
+                    "name": edge.name,
+                    "perm": _permissions(edge.use.perm),
+                    "shared-perm": _permissions(edge.use.shared),
+                }
+            )
+    return {"nodes": listed, "edges": edges}
+
+
+def _permissions(perm: Perm) -> list[str]:
+    return [(each.name or "").lower().replace("_", "-") for each in Perm if each & perm]
 
 
 def snapshots(node: NamedNode) -> list[dict[str, Any]]:

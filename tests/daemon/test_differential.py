@@ -187,3 +187,46 @@ def test_no_bitmap_is_shown_that_was_not_asked_for(start_daemon: StartDaemon, ne
     said = run("nbdinfo", daemon.uri("one"))
     assert "qemu:dirty-bitmap:one" in said
     assert "two" not in said
+
+
+def test_permissions_are_those_of_qemu_on_every_edge(
+    start_daemon: StartDaemon, disk: Path, new_image: NewImage, tmp_path: Path
+) -> None:
+    """But for a filter's target, where QEMU lets others write. 7.2 read a filter's disk without the permission to."""
+    image, temp = new_image(str(SIZE)), tmp_path / "temp.raw"
+    temp.write_bytes(bytes(SIZE))
+    seen = {}
+    for which in (OURS, NEWER_QEMU):
+        daemon = start_daemon(
+            *options(disk, temp, "unmap", True),
+            "--blockdev", f"file,node-name=f,filename={image.path}",
+            "--blockdev", "qcow2,node-name=ro,read-only=on,file=f",
+            "--blockdev", "raw,node-name=unused,file=ro",
+            "--export", "nbd,id=ro,node-name=ro,name=ro",
+            "--export", "nbd,id=reader,node-name=disk,name=reader",
+            which=which,
+        )  # fmt: skip
+        steps = [edges(daemon)]
+        for export in ("guest", "backup", "ro"):
+            daemon.qmp.execute("block_export_del", id=export)
+            steps.append(edges(daemon))
+        daemon.stop()
+        seen[which] = steps
+    for ours, theirs in zip(seen[OURS], seen[NEWER_QEMU], strict=True):
+        assert ours == theirs
+
+
+def edges(daemon: StorageDaemon) -> list[tuple[Any, ...]]:
+    graph = daemon.qmp.execute("x_debug_query_block_graph")
+    names = {node["id"]: node["name"] for node in graph["nodes"]}
+    return sorted(
+        (
+            "" if names[edge["parent"]].startswith("#") else names[edge["parent"]],
+            "" if names[edge["child"]].startswith("#") else names[edge["child"]],
+            edge["name"],
+            sorted(edge["perm"]),
+            sorted(edge["shared-perm"]),
+        )
+        for edge in graph["edges"]
+        if edge["name"] != "target" and names[edge["parent"]] != "temp"
+    )

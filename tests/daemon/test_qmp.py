@@ -169,6 +169,19 @@ def test_a_monitor_may_be_a_listener_that_waits_for_us(tmp_path: Path) -> None:
     listener.close()
 
 
+def test_it_waits_for_its_first_client_where_that_is_asked_for(tmp_path: Path) -> None:
+    words = [*program("qcow2snap"), "--chardev", f"socket,id=m,path={tmp_path}/s,server=on", "--monitor", "m"]
+    for ends_early in (True, False):
+        with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY) as process:
+            assert process.stderr is not None
+            assert "waiting for a client" in process.stderr.readline()
+            if ends_early:
+                process.terminate()
+            else:
+                Monitor(tmp_path / "s").execute("quit")
+            assert process.wait(20) == 0
+
+
 # The stream of values by itself.
 
 VALUES = st.recursive(
