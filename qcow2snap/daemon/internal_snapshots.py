@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qcow2snap.block.named_nodes import Graph
+from qcow2snap.block.named_nodes import Graph, NamedNode
 from qcow2snap.block.node import InvalidOption, NotSupported, ReadOnly, SnapshotInfo, SnapshotNotFound
 from qcow2snap.block.qapi import Boolean, String, Struct, optional
 from qcow2snap.block.qcow2.driver import Qcow2Node
@@ -17,10 +17,16 @@ from qcow2snap.forensics.listing import snapshot_json
 CREATE_OPTIONS = Struct({"device": String(), "name": String()})
 DELETE_OPTIONS = Struct({"device": String(), **optional(id=String(), name=String(), force=Boolean())})
 
+# Nodes that may be above an image: none of them has what the image holds laid out in a way of its own.
+_PASSIVE = ("snapshot-access", "copy-before-write", "raw")
+
 
 def create(graph: Graph, arguments: Mapping[str, Any]) -> None:
     device, name = arguments["device"], arguments["name"]
-    node = _writable(graph, device)
+    named = graph.get(device, device=device)
+    node = _writable(
+        named, f"Block format '{named.options['driver']}' used by device '{device}' does not support internal snapshots"
+    )
     if not name:
         raise InvalidOption("Name is empty")
     if any(each.name == name for each in node.snapshots()):
@@ -31,9 +37,10 @@ def create(graph: Graph, arguments: Mapping[str, Any]) -> None:
 def delete(graph: Graph, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What is told of the snapshot that is gone."""
     device, id_, name = arguments["device"], arguments.get("id"), arguments.get("name")
-    node = _writable(graph, device)
+    named = graph.get(device, device=device)
     if id_ is None and name is None:
         raise InvalidOption("Name or id must be provided")
+    node = _writable(named, "Failed to get a snapshot list: Operation not supported")
     snapshot = _find(node, id_, name)
     if snapshot is None:
         raise SnapshotNotFound(
@@ -43,16 +50,15 @@ def delete(graph: Graph, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return snapshot_json(snapshot)
 
 
-def _writable(graph: Graph, device: str) -> Any:
+def _writable(named: NamedNode, unsupported: str) -> Any:
     """The image; a WritableQcow2Node, which is not imported before there is one."""
-    named = graph.get(device, device=device)
-    node = named.node
-    if not isinstance(node, Qcow2Node):
-        driver = named.options["driver"]
-        raise NotSupported(f"Block format '{driver}' used by device '{device}' does not support internal snapshots")
-    if node.read_only:
-        raise ReadOnly(f"Device '{device}' is read only")
-    return node
+    if any(edge.parent is not None and edge.parent.options["driver"] not in _PASSIVE for edge in named.parents):
+        raise NotSupported("Need a root block node")
+    if not isinstance(named.node, Qcow2Node):
+        raise NotSupported(unsupported)
+    if named.node.read_only:
+        raise ReadOnly(f"Device '{named.name}' is read only")
+    return named.node
 
 
 def _find(node: Qcow2Node, id_: str | None, name: str | None) -> SnapshotInfo | None:
