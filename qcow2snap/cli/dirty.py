@@ -18,8 +18,9 @@ from typing import NamedTuple
 import click
 
 from qcow2snap.block.dirty_json import read_dirty_json
+from qcow2snap.block.file import FileNode, Locking
 from qcow2snap.block.frozen_bitmap import FrozenBitmap
-from qcow2snap.block.graph import open_image
+from qcow2snap.block.graph import open_image, probe
 from qcow2snap.block.node import BitmapNotFound, BlockNode, OutOfRange
 from qcow2snap.block.qcow2.driver import Qcow2Node
 from qcow2snap.cli.options import together
@@ -74,7 +75,7 @@ def _source(word: str) -> Source:
         return Source(DIRTY_BITMAP + word.removeprefix("name="), True)
     if os.path.exists(word):
         stem = os.path.basename(word).removesuffix(".json")
-        return Source(DIRTY_BITMAP + stem, False, partial(read_dirty_json, word))
+        return Source(DIRTY_BITMAP + stem, False, partial(_of_file, word))
     for at in (at for at, letter in enumerate(word) if letter == ":"):
         image, name = word[:at], word[at + 1 :]
         if os.path.isfile(image):
@@ -96,6 +97,16 @@ def _of_disk(source: Source, disk: BlockNode) -> FrozenBitmap:
         return FrozenBitmap(disk.dirty_extents(name, 0, disk.size), disk.size)
     changes = disk.changes_since(disk.find_snapshot(reference), 0, disk.size)
     return FrozenBitmap(((extent.offset, extent.length) for extent in changes), disk.size)
+
+
+def _of_file(filename: str, size: int) -> FrozenBitmap:
+    if os.path.isfile(filename):
+        file = FileNode(filename, locking=Locking.NONE)
+        looks_like = probe(file)
+        file.close()
+        if looks_like == "qcow2":
+            raise BitmapNotFound(f"{filename}: is a qcow2 image: say {filename}:NAME, with the name of a bitmap of it")
+    return read_dirty_json(filename, size)
 
 
 def _of_image(filename: str, name: str, size: int) -> FrozenBitmap:

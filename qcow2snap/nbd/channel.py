@@ -88,8 +88,8 @@ class Arrivals:
         if self._start + length > self._end:
             before_waiting()
             self._move_up()
-            while self._end < length:
-                count = self._receive(self._view[self._end :])
+            while self._end < length:  # and no more: a client that goes on sending must not keep us from all else
+                count = self._receive(self._view[self._end : length])
                 if not count:
                     raise ConnectionResetError("in the middle of a payload")
                 self._end += count

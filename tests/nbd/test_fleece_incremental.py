@@ -135,7 +135,7 @@ def test_what_is_no_bitmap_of_the_disk_is_refused(disk: Path, tmp_path: Path) ->
         "b": "a raw disk has no bitmaps",
         "name=b": "a raw disk has no bitmaps",
         f"{disk}:b": "qcow2",
-        str(same): "is not JSON",
+        str(same): "same.qcow2:NAME",
         str(tmp_path): "directory",
     }.items():
         result = cli("fleece", disk, "--target", tmp_path / "temp.raw", "-k", tmp_path / "s", "--bitmap", what)

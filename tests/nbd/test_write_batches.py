@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import random
+import struct
+import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from formats.nbd import Command, CommandFlag, Errno
+from formats.nbd import Command, CommandFlag, Errno, ReplyChunkType
 from qcow2snap.block.node import BlockNode, Buffer, Extent, FileError, NoSpace, Status
 from qcow2snap.nbd.channel import RECEIVE_WRITES
 from qcow2snap.nbd.framing import STRUCTURED_REPLIES, Framing
 from qcow2snap.nbd.transmission import Request
+from tests.nbd.support import connected, exports
 from tests.nbd.test_transmission import EACH, quickly, slowly
-from tests.nbd.wire import Answer, read
+from tests.nbd.wire import Answer, handshake, packed, read
 
 SIZE = 4 << 20
 FUA = CommandFlag.FUA
@@ -141,3 +145,38 @@ def test_a_write_of_any_size_is_whole(framing: Framing, size: int) -> None:
     disk, data = Disk(), random.Random(size).randbytes(size)
     assert errors(quickly(disk, [write(7, size, framing), read(7, 1)], framing, [data])) == [0, 0]
     assert disk.content[7 : 7 + size] == data
+
+
+def test_who_goes_on_writing_is_answered_what_was_put_aside() -> None:
+    """A read that took waiting does not wait for the end of what arrives, from a client faster than the disk."""
+    disk, framing = Slow(), STRUCTURED_REPLIES
+    size = 5000  # so that the end of what was received is in the middle of one
+    with connected(exports(default=disk)) as sock:
+        receive = handshake(sock, framing)
+        before, after = (packed(write(0, size, framing)._replace(cookie=n), framing) + bytes(size) for n in (1, 2))
+        everything = before * 200 + packed(read(0, 7), framing) + after * 600
+        writer = threading.Thread(target=sock.sendall, args=[everything], daemon=True)
+        writer.start()
+        later = 0
+        for _ in range(801):
+            chunk = struct.unpack(">IHHQI", receive(20))
+            receive(chunk[4])
+            if chunk[2] == ReplyChunkType.OFFSET_DATA:
+                assert later < 100, "so many that came later were done before it"
+                break
+            later += chunk[3] == 2
+        for _ in range(600 - later):
+            receive(20)
+        writer.join(20)
+        sock.sendall(packed(Request(0, Command.DISC, 0, 0, 0), framing))
+
+
+class Slow(Disk):
+    """Writes take their time, and reads cannot be done without."""
+
+    def pwritev(self, offset: int, buffers: Sequence[Buffer]) -> None:
+        time.sleep(0.001)
+        super().pwritev(offset, buffers)
+
+    def preadv_nowait(self, offset: int, buffers: Sequence[Buffer]) -> bool:
+        return False
