@@ -364,11 +364,10 @@ def test_serve_shows_a_raw_image(path: Path, tmp_path: Path, writable: bool) -> 
         assert serving.stop() == 0
 
 
-def test_serve_writes_nothing_but_raw(path: Path) -> None:
-    for options, reason in ((["--writable"], "yet"), (["--writable", "-f", "raw", "-U"], "-U")):
+def test_serve_does_not_guess_what_it_writes_and_writes_nothing_that_others_write(path: Path) -> None:
+    for options, code, reason in ((["--writable"], 1, "not a qcow2"), (["--writable", "-f", "raw", "-U"], 2, "-U")):
         refused = cli("serve", *options, path)
-        assert refused.returncode == 2
-        assert reason in refused.stderr
+        assert (refused.returncode, reason in refused.stderr) == (code, True)
 
 
 def test_newer_peers_write_with_extended_headers(peers: Path, uri: str, path: Path, tmp_path: Path) -> None:  # noqa: F811
