@@ -32,7 +32,7 @@ crash: $(VENV)/installed-dev  ## crash after crash of an image that is written; 
 	$(BIN)/python -m tests.block.writing.crash $(ARGS)
 
 clean:  ## remove all that these targets made
-	rm -rf $(VENV) .bench-cache .peers .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf $(VENV) .bench-cache .guest .peers .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 lint: $(VENV)/installed-dev
@@ -44,6 +44,7 @@ lint: $(VENV)/installed-dev
 tools:
 	@scripts/require-tools $(TEST_TOOLS)
 	@scripts/newer-peers .peers || { [ "$$CI" != true ] && echo "tests that need newer peers are skipped"; }
+	@scripts/guest-kernel .guest || { [ "$$CI" != true ] && echo "tests that need a guest are skipped"; }
 
 # What users install, then what developers need on top.
 $(VENV)/installed: pyproject.toml

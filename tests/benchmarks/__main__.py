@@ -17,6 +17,7 @@ from tests.benchmarks import (
     nbd_many,
     nbd_read,
     pairs,
+    snapshots,
     startup,
     writable,
     write,
@@ -33,6 +34,7 @@ TOPICS = {
     "writable": writable,
     "fleece": fleece,
     "write": write,
+    "snapshots": snapshots,
 }
 
 
