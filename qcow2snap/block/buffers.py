@@ -32,14 +32,18 @@ class Cursor:
 
     def zero(self, length: int) -> None:
         for view in self.take(length):
-            for start in range(0, len(view), len(_ZEROS)):
-                piece = view[start : start + len(_ZEROS)]
-                piece[:] = _ZEROS[: len(piece)]
+            fill_with_zeros(view)
 
     def copy(self, data: memoryview) -> None:
         for view in self.take(len(data)):
             view[:] = data[: len(view)]
             data = data[len(view) :]
+
+
+def fill_with_zeros(view: memoryview) -> None:
+    for start in range(0, len(view), len(_ZEROS)):
+        piece = view[start : start + len(_ZEROS)]
+        piece[:] = _ZEROS[: len(piece)]
 
 
 def _bytes_of(buffer: Buffer) -> memoryview:

@@ -38,6 +38,7 @@ class _Decompressor:
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
         self._clusters = CompressedClusters(subject.file, subject.header, 0)
+        self._anywhere = memoryview(bytearray(subject.header.cluster_size))
         self._seen: set[int] = set()
 
     def add(self, batch: L2Batch) -> None:
@@ -53,7 +54,7 @@ class _Decompressor:
             together = new[start : start + _TOGETHER]
             wanted = [int(unique[i]) for i in together]
             try:
-                for _ in self._clusters.clusters(wanted):
+                for _ in self._clusters.read(wanted, [self._anywhere] * len(wanted)):
                     pass
             except ImageFormatError:
                 for i in together:

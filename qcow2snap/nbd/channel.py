@@ -15,7 +15,9 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from socket import MSG_DONTWAIT, MSG_MORE, MSG_WAITALL
+from threading import Lock
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -145,31 +147,54 @@ class Arrivals:
 class Outbox:
     """Replies on their way into a socket, gathered.
 
+    A socket may have several, each of a thread of its own. Who has sent a part has the socket to itself until `flush`.
+
     view         where replies are put, at places that `room` gives
     gone         bytes that left
     before_send  called ahead of each send, while `used` bytes of `view` can still be changed
+    threads      one
     errors       OSError of the socket
     """
 
-    def __init__(self, sock: socket.socket | SecureSocket, *, is_plain: bool = True) -> None:
+    def __init__(
+        self, sock: socket.socket | SecureSocket, *, is_plain: bool = True, memory: memoryview | None = None
+    ) -> None:
         self._socket = sock
         if sock.family == socket.AF_UNIX:  # TCP finds a size by itself
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         self.is_plain = is_plain
-        self.view = memoryview(bytearray(GATHER))
+        self.view = memory or self.new_memory()
         self.used = 0
         self.gone = 0
         self.before_send: Callable[[], None] | None = None
+        self._turn = Lock()  # held by the one of the socket's outboxes that is sending
+        self._has_turn = False
+
+    @staticmethod
+    def new_memory() -> memoryview:
+        """For an outbox, or several one after the other."""
+        return memoryview(bytearray(GATHER))
+
+    def another(self, memory: memoryview) -> Outbox:
+        """One for another thread, into the same socket."""
+        outbox = Outbox(self._socket, is_plain=self.is_plain, memory=memory)
+        outbox._turn = self._turn
+        return outbox
 
     @property
     def position(self) -> int:
         """Bytes that there ever were."""
         return self.gone + self.used
 
+    def make_room(self, size: int) -> None:
+        """Send what is whole, if `size` bytes would not fit behind it: so a reply that is begun leaves in one piece."""
+        if self.used + size > GATHER:
+            self.flush()
+
     def room(self, size: int) -> int:
         """Where in `view` to put the next `size` bytes, up to PIECE and a header."""
         if self.used + size > GATHER:
-            self.flush()
+            self._send()
         start = self.used
         self.used = start + size
         return start
@@ -187,12 +212,30 @@ class Outbox:
             self.view[at : at + piece] = bytes(piece)
             length -= piece
 
-    def flush(self, *, more: bool = False) -> None:
-        """Send all there is; `more` follows at once."""
+    def flush(self) -> None:
+        """Send all there is, up to the end of a reply or of a chunk of one."""
+        if self.used:
+            self._send()
+        if self._has_turn:
+            self._has_turn = False
+            self._turn.release()
+
+    def close(self) -> None:
+        """No more comes from here. If that leaves a reply unfinished, nothing can follow it: the connection ends."""
+        if self._has_turn:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            self._has_turn = False
+            self._turn.release()
+
+    def _send(self, flags: int = 0) -> None:
+        """Send all there is, which need not be the end of anything."""
         if self.before_send is not None:
             self.before_send()
+        if not self._has_turn:
+            self._turn.acquire()
+            self._has_turn = True
         start = 0
-        flags = MSG_MORE if more and self.is_plain else 0
         while start < self.used:
             start += self._socket.send(self.view[start : self.used], flags)
         self.gone += self.used
@@ -200,7 +243,7 @@ class Outbox:
 
     def send_file(self, file: int, offset: int, length: int) -> int:
         """Bytes of a file, behind all that was written. Gives how many: fewer where the file ends or cannot be read."""
-        self.flush(more=True)
+        self._send(MSG_MORE)
         end = offset + length
         at = offset
         while at < end:

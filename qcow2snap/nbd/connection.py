@@ -19,7 +19,8 @@ from qcow2snap.block.node import NBDError
 from qcow2snap.nbd.channel import RECEIVE, RECEIVE_WRITES, Arrivals, Outbox
 from qcow2snap.nbd.export import Exports
 from qcow2snap.nbd.negotiation import Agreement, ServerNegotiation, TLSMode
-from qcow2snap.nbd.reads import MAX_PENDING, CutOff, Reads
+from qcow2snap.nbd.read_replies import CutOff
+from qcow2snap.nbd.reads import MAX_PENDING, Reads
 from qcow2snap.nbd.transmission import Answers, Request, check_magic
 from qcow2snap.nbd.writes import Writes
 
@@ -195,4 +196,5 @@ class Connection:
             outbox.flush()
             raise
         finally:
+            reads.close()
             logger.info("%s: %d bytes of replies from export %a", self._peer, outbox.gone, agreement.export.name)

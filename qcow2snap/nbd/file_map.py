@@ -20,13 +20,13 @@ from itertools import islice
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
+from qcow2snap.block.buffers import fill_with_zeros
 from qcow2snap.block.node import BlockNode, Extent, HostFile, Qcow2SnapError, Status
 
 WINDOW = 1 << 20  # bytes of the disk that are looked up at once
 MAX_WINDOW_EXTENTS = 1 << 8  # a window in more pieces than this is left to the node
 MAX_EXTENTS = 1 << 16  # of one map; 32 bytes each
 MAX_EXTENTS_IN_ALL = 1 << 19  # of all maps: an image may have 65,536 snapshots, and a client may read each
-_ZEROS = bytes(1 << 16)
 
 _DATA = Status.DATA | Status.ALLOCATED
 
@@ -66,27 +66,41 @@ class FileMap:
         return not self._node.read_only or self._node.status_may_change
 
     def read(self, offset: int, buffer: memoryview, *, wait: bool = False) -> bool:
-        """Fill the buffer, of 64 KiB at most; if that takes waiting, only with `wait`. False: ask the node.
+        """Fill the buffer; if that takes waiting, only with `wait`. False: ask the node.
 
         The range has to be in the node.
         """
         if self.is_changing:
             return not wait and self._read_now(offset, buffer)
-        length = len(buffer)
+        while True:
+            length = len(buffer)
+            window = self._windows.get(offset // WINDOW) or self._look_up(offset // WINDOW)
+            index = bisect_right(window.starts, offset) - 1
+            if index < 0 or offset >= window.ends[index]:
+                return False
+            rest = window.ends[index] - offset
+            piece = buffer if rest >= length else buffer[:rest]
+            file = window.files[index]
+            if file is None:
+                if not window.zeros[index]:
+                    return not wait and self._read_now(offset, buffer)
+                fill_with_zeros(piece)
+            else:
+                try:
+                    flags = 0 if wait else self._flags
+                    if os.preadv(file.fileno(), [piece], offset + window.shifts[index], flags) != len(piece):
+                        return False
+                except OSError as error:
+                    return self._may_wait(error) and self.read(offset, buffer)
+            if rest >= length:
+                return True
+            offset, buffer = offset + rest, buffer[rest:]
+
+    def is_zero(self, offset: int, length: int) -> bool:
+        """Whether a range is known to be zeros, from first to last, or was when it was looked up."""
         window = self._windows.get(offset // WINDOW) or self._look_up(offset // WINDOW)
         index = bisect_right(window.starts, offset) - 1
-        if index < 0 or offset + length > window.ends[index]:
-            return False
-        file = window.files[index]
-        if file is None:
-            if window.zeros[index]:
-                buffer[:] = _ZEROS[:length]
-            return window.zeros[index] == 1
-        try:
-            flags = 0 if wait else self._flags
-            return os.preadv(file.fileno(), [buffer], offset + window.shifts[index], flags) == length
-        except OSError as error:
-            return self._may_wait(error) and self.read(offset, buffer)
+        return index >= 0 and window.zeros[index] == 1 and offset + length <= window.ends[index]
 
     def _read_now(self, offset: int, buffer: memoryview) -> bool:
         try:
@@ -94,13 +108,18 @@ class FileMap:
         except Qcow2SnapError:
             return False
 
-    def prefetch(self, offset: int, length: int) -> None:
-        """As BlockNode.prefetch; the driver is asked only where the bytes are not in files."""
+    def prefetch(self, offset: int, length: int, *, ask_node: bool = True) -> bool:
+        """As BlockNode.prefetch, straight from the kernel where all of the bytes lie in files: then True.
+
+        The node, which takes longer, is asked only with `ask_node`.
+        """
         extents = self.extents(offset, length)
-        if not extents or any(extent.must_read and extent.file is None for extent in extents):
+        if extents and all(extent.file is not None or not extent.must_read for extent in extents):
+            fetch_ahead(extents)
+            return True
+        if ask_node:
             self._node.prefetch(offset, length)
-            return
-        fetch_ahead(extents)
+        return False
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         """The extents of a range, none if they are not known. Not for a node that has to be confirmed."""

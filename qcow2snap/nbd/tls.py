@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from socket import MSG_DONTWAIT
+from threading import Lock
 from typing import NamedTuple
 
 from qcow2snap.block.node import FileError, NBDError, UnsupportedFeature
@@ -114,7 +115,7 @@ class SecureSocket:
     """A connected socket, its bytes by TLS: what `channel` and `connection` use of a socket, under the same names.
 
     deadline  time.monotonic() after which recv and send raise TimeoutError, however slowly bytes drip in; None: never
-    threads   one; the socket may be shut down from another
+    threads   one that receives, and any that take turns to send; the socket may be shut down from another
     errors    OSError of the socket; NBDError where TLS itself fails
     """
 
@@ -126,6 +127,8 @@ class SecureSocket:
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._ciphertext = memoryview(bytearray(RECEIVE))
+        self._engine = Lock()  # receiving and sending both change _tls and its buffers
+        self._sending = Lock()  # from when ciphertext is taken until it is on its way: its order counts
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         while True:
             try:
@@ -144,6 +147,9 @@ class SecureSocket:
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    def shutdown(self, how: int) -> None:
+        self._socket.shutdown(how)
+
     def setsockopt(self, level: int, option: int, value: int) -> None:
         self._socket.setsockopt(level, option, value)
 
@@ -153,7 +159,8 @@ class SecureSocket:
         while True:
             if self._incoming.pending or self._tls.pending():
                 try:
-                    return self._tls.read(size, buffer)  # type: ignore[return-value]
+                    with self._engine:
+                        return self._tls.read(size, buffer)  # type: ignore[return-value]
                 except ssl.SSLWantReadError:
                     pass
                 except ssl.SSLZeroReturnError:  # the client says that it has no more to say
@@ -172,7 +179,8 @@ class SecureSocket:
     def send(self, data: bytes | memoryview, flags: int = 0) -> int:
         """As a socket's: all of it, or the first 128 KiB."""
         try:
-            count = self._tls.write(data[:SEND])
+            with self._engine:
+                count = self._tls.write(data[:SEND])
         except ssl.SSLError as error:
             raise NBDError(f"TLS: {_reason(error)}") from error
         self._send_outgoing()
@@ -194,12 +202,16 @@ class SecureSocket:
     def _receive_more(self, flags: int = 0) -> int:
         self._keep_deadline()
         count = self._socket.recv_into(self._ciphertext, 0, flags)
-        self._incoming.write(self._ciphertext[:count])
+        with self._engine:
+            self._incoming.write(self._ciphertext[:count])
         return count
 
     def _send_outgoing(self) -> None:
         self._keep_deadline()
-        self._socket.sendall(self._outgoing.read())
+        with self._sending:
+            with self._engine:
+                ciphertext = self._outgoing.read()
+            self._socket.sendall(ciphertext)
 
     def _keep_deadline(self) -> None:
         if self.deadline is not None:

@@ -1,9 +1,5 @@
 """Compressed clusters: from an L2 entry to the bytes of a cluster, the last of them kept within a budget of bytes.
 
-What is asked for ahead (`prefetch`) is decompressed by a pool of threads, one a processor, some clusters at a time.
-Whoever needs a cluster that the pool has not begun yet takes it from there and does it himself, so that nobody waits
-while there is work.
-
 Fast path: libdeflate, or one zstd decompressor for each thread; both let go of the GIL. libdeflate wants a stream that
 ends where the cluster does, which QEMU always writes; whatever it refuses is tried again with zlib, which reads what
 the specification allows: "decompression stops when it has produced a cluster of data".
@@ -13,33 +9,26 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 
 from formats.qcow2 import SECTOR_SIZE, CompressionType, compressed_l2_entry
 from qcow2snap.block.file import FileNode
 from qcow2snap.block.lru import BoundedCache
-from qcow2snap.block.node import Qcow2SnapError
-from qcow2snap.block.pool import Job, thread_pool
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.header import ImageHeader
 
-# What a codec gave. Some give a bytearray, which nobody writes to once it is here.
-Cluster = bytes | bytearray
-
 _SPAN = 1 << 20  # bytes of compressed clusters that are read at once
 _GAP = 1 << 14  # bytes between them that are read in vain: cheaper than another call
-# Bytes of clusters that are decompressed ahead at most, and no more than half of the cache: 64 clusters. A pool that
-# runs further ahead takes the processors from who sends, and so from the client: with 16 MiB, zlib took 1.3 times as
-# long.
-_AHEAD = 4 << 20
-_TOGETHER = 256 << 10  # bytes of clusters in one job of the pool: a small part of a millisecond, and one call to read
+_LOCKS = 61  # clusters that may be under way to the cache at once; a prime, as entries have a common factor
+
+# Fills a buffer of a cluster with what a stream holds. Damaged or too short: ValueError.
+Decompress = Callable[[bytes | memoryview, memoryview], None]
 
 
 class CompressedClusters:
     """Reads compressed clusters of one image file.
 
-    threads  any; each decompresses on its own, and what one has decompressed serves all
+    threads  any; each decompresses on its own, and what one has decompressed in `cluster` serves all
     errors   ImageFormatError where the data is not in the file or does not decompress; FileError
     """
 
@@ -51,13 +40,9 @@ class CompressedClusters:
         sectors = entry.ranges["additional_sectors"]
         self._sectors_mask, self._sectors_shift = sectors.mask, sectors.first
         is_zstd = header.compression_type == CompressionType.ZSTD
-        self._decompress = zstd_decompress if is_zstd else deflate_decompress
-        self._cache: BoundedCache[int, Cluster] = BoundedCache(cache_size)
-        self._max_coming = min(_AHEAD, cache_size // 2) // header.cluster_size
-        self._together = max(1, _TOGETHER // header.cluster_size)
-        # By entry: the job of the pool that decompresses it, or is about to, and all the entries of that job.
-        self._coming: dict[int, tuple[Job, Sequence[int]]] = {}
-        self._lock = threading.Lock()  # over _coming
+        self._decompress: Decompress = zstd_decompress if is_zstd else deflate_decompress
+        self._cache: BoundedCache[int, memoryview] = BoundedCache(cache_size)
+        self._locks = [threading.Lock() for _ in range(_LOCKS)]
 
     def host_range(self, entry: int) -> tuple[int, int]:
         """Host offset and length of the data that an L2 entry describes; its last sector may hold other data too."""
@@ -65,88 +50,34 @@ class CompressedClusters:
         sectors = ((entry & self._sectors_mask) >> self._sectors_shift) + 1
         return host_offset, sectors * SECTOR_SIZE - host_offset % SECTOR_SIZE
 
-    def cluster(self, entry: int) -> Cluster:
+    def cluster(self, entry: int) -> memoryview:
         """The decompressed cluster of an L2 entry. Kept: whoever wants a part of it will soon want another."""
         cluster = self._cache.get(entry)
-        if cluster is None and (job := self._begun(entry)):
-            job.wait()
-            cluster = self._cache.get(entry)
         if cluster is None:
-            (cluster,) = self._decompressed([entry])
-            self._cache.put(entry, cluster, len(cluster))
+            with self._locks[entry % _LOCKS]:  # so that of several who want it one does the work
+                cluster = self._cache.get(entry)
+                if cluster is None:
+                    cluster = memoryview(bytearray(self._cluster_size))
+                    host_offset, length = self.host_range(entry)
+                    self._fill(cluster, self._file.pread_available(host_offset, length), host_offset)
+                    self._cache.put(entry, cluster, len(cluster))
         return cluster
 
-    def clusters(self, entries: Sequence[int]) -> Iterator[Cluster]:
-        """The decompressed clusters of many entries, in turn, for whoever wants them whole. Kept only if fetched ahead.
+    def read(self, entries: Sequence[int], buffers: Sequence[memoryview]) -> Iterator[None]:
+        """Decompress clusters into buffers of their size, one at each step. Not kept: nobody reads them twice.
 
         Writers put compressed clusters one behind the other: what lies close together is read at once.
         """
-        missing = [entry for entry in entries if entry not in self._cache and self._begun(entry) is None]
-        if not missing:
-            yield from map(self.cluster, entries)
-            return
-        decompressed = self._decompressed(missing)
-        rest = iter(missing)
-        next_missing = next(rest)
-        for entry in entries:
-            if entry == next_missing:
-                yield next(decompressed)
-                next_missing = next(rest, -1)
-            else:
-                yield self.cluster(entry)
-
-    def prefetch(self, entries: Iterable[int]) -> None:
-        """Have the pool decompress these, as far as there is room. What fails there fails again where it is read."""
-        with self._lock:
-            coming = self._coming
-            wanted = [entry for entry in entries if entry not in self._cache and entry not in coming]
-            del wanted[max(0, self._max_coming - len(coming)) :]
-            for start in range(0, len(wanted), self._together):
-                together = wanted[start : start + self._together]
-                job = thread_pool().submit(partial(self._bring, together))
-                coming.update(dict.fromkeys(together, (job, together)))
-
-    def close(self) -> None:
-        """Let go of what is asked for ahead, so that nothing reads the file when it is closed."""
-        with self._lock:
-            jobs = {job for job, _ in self._coming.values()}
-            self._coming.clear()
-        for job in jobs:
-            if not job.take_back():
-                job.wait()
-
-    def _begun(self, entry: int) -> Job | None:
-        """What the pool is doing about an entry. If it has only meant to: nothing, from now on."""
-        coming = self._coming.get(entry)
-        if coming is None:
-            return None
-        job, together = coming
-        if not job.take_back():
-            return job
-        self._forget(together)
-        return None
-
-    def _bring(self, entries: Sequence[int]) -> None:
-        try:
-            for entry, cluster in zip(entries, self._decompressed(entries), strict=True):
-                self._cache.put(entry, cluster, len(cluster))
-        except Qcow2SnapError:
-            pass
-        finally:
-            self._forget(entries)
-
-    def _forget(self, entries: Sequence[int]) -> None:
-        with self._lock:
-            for entry in entries:
-                self._coming.pop(entry, None)
-
-    def _decompressed(self, entries: Sequence[int]) -> Iterator[Cluster]:
-        if len(entries) == 1:
-            host_offset, length = self.host_range(entries[0])
-            yield self._cluster_of(self._file.pread_available(host_offset, length), host_offset)
-            return
         ranges = [self.host_range(entry) for entry in entries]
-        datas: list[memoryview | None] = [None] * len(ranges)
+        for (host_offset, _), data, buffer in zip(ranges, self._data(ranges), buffers, strict=True):
+            self._fill(buffer, data, host_offset)
+            yield
+
+    def _data(self, ranges: Sequence[tuple[int, int]]) -> Sequence[bytes | memoryview]:
+        """What lies in these parts of the file, as far as it is there."""
+        if len(ranges) == 1:
+            return [self._file.pread_available(*ranges[0])]
+        datas: list[memoryview] = [memoryview(b"")] * len(ranges)
         order = sorted(range(len(ranges)), key=ranges.__getitem__)
         index = 0
         while index < len(order):
@@ -160,52 +91,46 @@ class CompressedClusters:
                 host_offset, length = ranges[each]
                 datas[each] = data[host_offset - start :][:length]
             index = last
-        for (host_offset, _), each_data in zip(ranges, datas, strict=True):
-            assert each_data is not None
-            yield self._cluster_of(each_data, host_offset)
+        return datas
 
-    def _cluster_of(self, data: bytes | memoryview, host_offset: int) -> Cluster:
+    def _fill(self, cluster: memoryview, data: bytes | memoryview, host_offset: int) -> None:
         if not data:
             raise rules.COMPRESSED_IN_FILE.broken(
                 host_offset, f"the compressed cluster at {host_offset:#x} lies beyond the end of the file"
             )
         try:
-            return self._decompress(data, self._cluster_size)
+            self._decompress(data, cluster)
         except ValueError as error:
             raise rules.COMPRESSED_DATA.broken(
                 host_offset, f"the compressed cluster at {host_offset:#x} does not decompress: {error}"
             ) from None
 
 
-def deflate_decompress(data: bytes | memoryview, cluster_size: int) -> Cluster:
-    """`cluster_size` bytes from a raw deflate stream. Damaged or too short: ValueError."""
+def deflate_decompress(data: bytes | memoryview, cluster: memoryview) -> None:
+    """Fill a cluster from a raw deflate stream. Damaged or too short: ValueError."""
     import deflate
 
     try:
-        cluster: bytearray = deflate.deflate_decompress(data, cluster_size)
+        content = deflate.deflate_decompress(data, len(cluster))
     except deflate.DeflateError:
-        return deflate_decompress_slowly(data, cluster_size)
-    if len(cluster) != cluster_size:
-        raise ValueError(f"the stream ends after {len(cluster)} of {cluster_size} bytes")
-    return cluster
+        deflate_decompress_slowly(data, cluster)
+    else:
+        _put(content, cluster)
 
 
-def deflate_decompress_slowly(data: bytes | memoryview, cluster_size: int) -> bytes:
+def deflate_decompress_slowly(data: bytes | memoryview, cluster: memoryview) -> None:
     """As deflate_decompress, with zlib: the plain twin, and what reads streams that do not end with the cluster."""
     try:
-        cluster = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, cluster_size)
+        _put(zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, len(cluster)), cluster)
     except zlib.error as error:
         raise ValueError(str(error)) from None
-    if len(cluster) != cluster_size:
-        raise ValueError(f"the stream ends after {len(cluster)} of {cluster_size} bytes")
-    return cluster
 
 
 _thread = threading.local()
 
 
-def zstd_decompress(data: bytes | memoryview, cluster_size: int) -> bytes:
-    """`cluster_size` bytes from zstd frames. Damaged or too short: ValueError."""
+def zstd_decompress(data: bytes | memoryview, cluster: memoryview) -> None:
+    """Fill a cluster from zstd frames. Damaged or too short: ValueError."""
     import zstandard
 
     try:
@@ -213,25 +138,27 @@ def zstd_decompress(data: bytes | memoryview, cluster_size: int) -> bytes:
     except AttributeError:
         decompressor = _thread.zstd = zstandard.ZstdDecompressor()
     try:
-        # The decompressor believes a frame that states its size, and allocates that.
-        if zstandard.frame_content_size(data) <= cluster_size:
-            cluster: bytes = decompressor.decompress(data, max_output_size=cluster_size, allow_extra_data=True)
-            if len(cluster) == cluster_size:
-                return cluster
+        # One frame that states its size is decompressed straight into the buffer. Others would be by way of a window,
+        # whose size they choose.
+        if zstandard.frame_content_size(data) == len(cluster) == decompressor.stream_reader(data).readinto(cluster):
+            return
     except zstandard.ZstdError:
         pass
-    return zstd_decompress_slowly(data, cluster_size)
+    zstd_decompress_slowly(data, cluster)
 
 
-def zstd_decompress_slowly(data: bytes | memoryview, cluster_size: int) -> bytes:
-    """`cluster_size` bytes from one or more zstd frames, streamed: the plain twin, for what one call refuses."""
+def zstd_decompress_slowly(data: bytes | memoryview, cluster: memoryview) -> None:
+    """Fill a cluster from one or more zstd frames, streamed: the plain twin, for what one call refuses."""
     import zstandard
 
     try:
         with zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True) as reader:
-            cluster: bytes = reader.read(cluster_size)
+            _put(reader.read(len(cluster)), cluster)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from None
-    if len(cluster) != cluster_size:
-        raise ValueError(f"the stream ends after {len(cluster)} of {cluster_size} bytes")
-    return cluster
+
+
+def _put(content: bytes | bytearray, cluster: memoryview) -> None:
+    if len(content) != len(cluster):
+        raise ValueError(f"the stream ends after {len(content)} of {len(cluster)} bytes")
+    cluster[:] = content

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING
-from weakref import WeakSet
 
 from formats.qcow2 import CryptMethod, IncompatibleFeature
 from qcow2snap.block.file import FileNode
@@ -86,7 +85,6 @@ class Qcow2Node(BlockNode, SnapshotAccess, ChangeTracking):
         self._bitmap_contents: BoundedCache[str, DirtyBitmap] = BoundedCache(BITMAP_CACHE_SIZE)
         self.must_confirm_snapshots = not file.stable
         self._refreshing = Lock()
-        self._images: WeakSet[Image] = WeakSet()  # of all epochs: their caches may be reading ahead
         self._epoch = self._first_epoch()
 
     @property
@@ -119,6 +117,9 @@ class Qcow2Node(BlockNode, SnapshotAccess, ChangeTracking):
     def preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
         self.view(None).preadv(offset, buffers)
 
+    def preadv_nowait(self, offset: int, buffers: Sequence[Buffer]) -> bool:
+        return self.view(None).preadv_nowait(offset, buffers)
+
     def block_status(self, offset: int, length: int, *, want_zero: bool = True) -> Iterator[Extent]:
         return self.view(None).block_status(offset, length, want_zero=want_zero)
 
@@ -126,8 +127,6 @@ class Qcow2Node(BlockNode, SnapshotAccess, ChangeTracking):
         self.view(None).prefetch(offset, length)
 
     def close(self) -> None:
-        for image in list(self._images):
-            image.compressed.close()
         for node in (self.backing, self.data_file, self.file):
             if node is not None and node not in self._borrowed:
                 node.close()
@@ -139,6 +138,9 @@ class Qcow2Node(BlockNode, SnapshotAccess, ChangeTracking):
 
     def preadv_snapshot(self, snapshot: SnapshotInfo, offset: int, buffers: Sequence[Buffer]) -> None:
         self.view(snapshot).preadv(offset, buffers)
+
+    def preadv_snapshot_nowait(self, snapshot: SnapshotInfo, offset: int, buffers: Sequence[Buffer]) -> bool:
+        return self.view(snapshot).preadv_nowait(offset, buffers)
 
     def preadv_snapshot_unconfirmed(self, snapshot: SnapshotInfo, offset: int, buffers: Sequence[Buffer]) -> None:
         self.view(snapshot).preadv_unconfirmed(offset, buffers)
@@ -290,7 +292,7 @@ class Qcow2Node(BlockNode, SnapshotAccess, ChangeTracking):
 
         if not self._has_children:
             raise FileError(f"{self.filename}: opened to be described, not to be read")
-        image = Image(
+        return Image(
             header=self.header,
             file=self.file,
             data_file=self.data_file or self.file,
@@ -299,8 +301,6 @@ class Qcow2Node(BlockNode, SnapshotAccess, ChangeTracking):
             backing=self.backing,
             is_encrypted=self.header.crypt_method != CryptMethod.NONE,
         )
-        self._images.add(image)
-        return image
 
 
 def _encoding(header: ImageHeader) -> tuple[object, ...]:

@@ -193,6 +193,16 @@ class View(BlockNode):
         self.preadv_unconfirmed(offset, buffers)
         self.confirm()
 
+    def preadv_nowait(self, offset: int, buffers: Sequence[Buffer]) -> bool:
+        """Out of the compressed cluster that was last read in part. What lies in files is found by its extents."""
+        start, end, cluster = self._last_part
+        cursor = Cursor(buffers)
+        stop = offset + cursor.remaining
+        if not start <= offset <= stop <= min(end, self.size):
+            return False
+        cursor.copy(cluster[offset - start : stop - start])
+        return True
+
     def preadv_unconfirmed(self, offset: int, buffers: Sequence[Buffer]) -> None:
         try:
             self._preadv(offset, buffers)
@@ -222,12 +232,9 @@ class View(BlockNode):
         yield from batch
 
     def _preadv(self, offset: int, buffers: Sequence[Buffer]) -> None:
-        cursor = Cursor(buffers)
-        stop = offset + cursor.remaining
-        start, end, cluster = self._last_part
-        if start <= offset and stop <= end and stop <= self.size:
-            cursor.copy(cluster[offset - start : stop - start])
+        if self.preadv_nowait(offset, buffers):
             return
+        cursor = Cursor(buffers)
         self.check_range(offset, cursor.remaining)
         if self._image.is_encrypted:
             raise UnsupportedFeature(f"{self._image.file.filename}: is encrypted; its data cannot be read yet")
@@ -256,12 +263,12 @@ class View(BlockNode):
             self._read_compressed(compressed, cursor)
 
     def prefetch(self, offset: int, length: int) -> None:
-        image, entries = self._image, []
+        image = self._image
         try:
             for mapping in self.mappings(offset, length):
                 kind = mapping.kind
                 if kind == _COMPRESSED_KIND:
-                    entries.append(mapping.host)
+                    image.file.prefetch(*image.compressed.host_range(mapping.host))
                 elif kind == _NORMAL:
                     image.data_file.prefetch(mapping.host, mapping.length)
                 elif kind not in (_ZERO_PLAIN, _ZERO_ALLOC, _INVALID) and self._backing is not None:
@@ -270,16 +277,19 @@ class View(BlockNode):
                         self._backing.prefetch(mapping.offset, below)
         except Qcow2SnapError:
             pass  # whoever reads it will hear of it
-        if entries:
-            image.compressed.prefetch(entries)
 
     def _read_compressed(self, mappings: Sequence[Mapping], cursor: Cursor) -> None:
-        clusters = self._image.compressed.clusters([mapping.host for mapping in mappings])
-        for mapping in mappings:
+        """Whole clusters, decompressed straight into the buffers. Only one that lies across two takes a copy."""
+        places = [cursor.take(mapping.length) for mapping in mappings]
+        buffers = [views[0] if len(views) == 1 else memoryview(bytearray(self._cluster_size)) for views in places]
+        reading = self._image.compressed.read([mapping.host for mapping in mappings], buffers)
+        for mapping, views, buffer in zip(mappings, places, buffers, strict=True):
             try:
-                cursor.copy(memoryview(next(clusters)))
+                next(reading)
             except ImageFormatError as error:
                 raise self._located(error, mapping.offset, mapping.length) from None
+            if len(views) > 1:
+                Cursor(views).copy(buffer)
 
     def _read_part_of_compressed(self, mapping: Mapping, cursor: Cursor) -> None:
         in_cluster = mapping.in_table % self._cluster_size
@@ -287,11 +297,10 @@ class View(BlockNode):
             cluster = self._image.compressed.cluster(mapping.host)
         except ImageFormatError as error:
             raise self._located(error, mapping.offset, mapping.length) from None
-        view = memoryview(cluster)
-        cursor.copy(view[in_cluster : in_cluster + mapping.length])
+        cursor.copy(cluster[in_cluster : in_cluster + mapping.length])
         if self._watch is None and self._keeps_last_part:
             start = mapping.offset - in_cluster
-            self._last_part = start, start + len(view), view
+            self._last_part = start, start + len(cluster), cluster
 
     # -- one run ------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
-"""The threads that work ahead of readers: one pool for the process, one thread for each processor it may use.
+"""The threads that help those of the connections: one pool for the process, one thread fewer than it has processors.
 
-A job is some 100 µs of work outside of Python, so what hands it over has to be cheap: a future of concurrent.futures
-takes 40 µs of the interpreter, a Job of two locks 5.
+A job may be some 100 µs of work outside of Python, so what hands it over has to be cheap: a future of
+concurrent.futures takes 40 µs of the interpreter, a Job of two locks 5.
 """
 
 from __future__ import annotations
@@ -42,6 +42,10 @@ class Job:
         with self._running:
             pass
 
+    @property
+    def is_done(self) -> bool:
+        return not self._running.locked()
+
     def run(self) -> None:
         """In a thread of the pool."""
         if self._claimed.acquire(blocking=False):
@@ -60,7 +64,12 @@ class ThreadPool:
         self.size = size
         self._jobs: SimpleQueue[Job] = SimpleQueue()
         for number in range(size):
-            threading.Thread(target=self._run, name=f"ahead-{number}", daemon=True).start()
+            threading.Thread(target=self._run, name=f"helper-{number}", daemon=True).start()
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether jobs wait for a thread."""
+        return not self._jobs.empty()
 
     def submit(self, work: Callable[[], None]) -> Job:
         job = Job(work)
@@ -81,7 +90,7 @@ def thread_pool() -> ThreadPool:
     global _pool
     with _lock:
         if _pool is None:
-            _pool = ThreadPool(len(os.sched_getaffinity(0)))
+            _pool = ThreadPool(len(os.sched_getaffinity(0)) - 1)
         return _pool
 
 
