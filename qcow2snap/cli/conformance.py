@@ -13,6 +13,7 @@ import click
 from qcow2snap.block.node import FileError
 from qcow2snap.cli import options
 from qcow2snap.cli.progress import ProgressBar
+from qcow2snap.cli.terminable import terminable
 
 if TYPE_CHECKING:
     from qcow2snap.conformance.suite.command import ReaderCommand
@@ -173,7 +174,6 @@ def run_command(
     left out for the active disk. It has to write the disk's bytes and exit with 0, or exit with another code to refuse.
     """
     from qcow2snap.conformance.suite import report
-    from qcow2snap.conformance.suite.process import Limits
     from qcow2snap.conformance.suite.runner import Outcome, Runner
 
     if adapter is not None:
@@ -186,11 +186,12 @@ def run_command(
     runner = Runner(
         _command("--reader", reader),
         _command("--map-reader", map_reader),
-        limits=Limits(timeout, memory),
+        timeout=timeout,
+        memory=memory,
         jobs=jobs or len(os.sched_getaffinity(0)),
         keep=None if keep is None else _new_directory(Path(keep)),
     )
-    with ProgressBar("conformance", len(chosen), counted=True) as bar:
+    with terminable(), ProgressBar("conformance", len(chosen), counted=True) as bar:
         checks = runner.run(chosen, bar.advance)
     if form == "text":
         click.echo("\n".join(report.text(checks)))

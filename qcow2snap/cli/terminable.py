@@ -1,4 +1,4 @@
-"""What commands that write a file do about signals: end, and leave nothing half written."""
+"""What commands do about signals if they write files or run others: end, and leave nothing behind."""
 
 from __future__ import annotations
 

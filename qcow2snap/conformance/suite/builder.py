@@ -1,4 +1,4 @@
-"""An image under construction: header, extensions, snapshots, refcounts, and the files beside it; built from formats/.
+"""An image under construction: header, extensions, snapshots, and the files beside it; built from formats/.
 
 It makes what cases need, odd and broken layouts too, and makes the same bytes each time. Refcounts and COPIED bits are
 computed from what refers to what, so that an image whose case says nothing else is clean.
@@ -6,12 +6,12 @@ computed from what refers to what, so that an image whose case says nothing else
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any, NamedTuple, Self
 
 from formats import qcow2 as layout
 from formats.qcow2 import AutoclearFeature, CompressionType, HeaderExtensionType, IncompatibleFeature
 from qcow2snap.conformance.suite.content import Content, lines
+from qcow2snap.conformance.suite.host import HostSpace, Refcounts
 from qcow2snap.conformance.suite.state import State, Table
 from qcow2snap.conformance.suite.values import Built, Disk, MapEntry, Ref, Region, SparseFile
 
@@ -25,38 +25,6 @@ _OPTIONAL = {
     IncompatibleFeature.COMPRESSION_TYPE: "other compression types are incompatible feature bit 3",
     IncompatibleFeature.EXTENDED_L2_ENTRIES: "extended L2 entries are incompatible feature bit 4",
 }
-
-
-class HostSpace:
-    """The clusters of the image file, given out one behind the other."""
-
-    def __init__(self, cluster_size: int) -> None:
-        self.cluster_size = cluster_size
-        self.end = cluster_size  # the first is the header's
-        self.regions: list[Region] = []
-        self._packed = 0  # where the next compressed cluster may start, right behind the last
-
-    def clusters(self, count: int, what: str) -> int:
-        """Host offset of so many clusters in a row."""
-        host, length = self.end, count * self.cluster_size
-        self.end += length
-        self.regions.append(Region(host, length, what))
-        return host
-
-    def pack(self, length: int, what: str, at: int | None = None) -> int:
-        """Host offset of so many bytes: behind the last ones packed, or `at` bytes into a new cluster."""
-        size = self.cluster_size
-        last = -(-self._packed // size) * size  # the end of the cluster that the last one ends in
-        is_full = self._packed + length > last != self.end
-        host = self.end + (at or 0) if at is not None or not self._packed or is_full else self._packed
-        self._packed = host + length
-        self.end = max(self.end, -(-self._packed // size) * size)
-        self.regions.append(Region(host, length, what))
-        return host
-
-    def skip_to(self, host_offset: int) -> None:
-        """Leave a gap."""
-        self.end = host_offset
 
 
 class _Snapshot(NamedTuple):
@@ -253,21 +221,22 @@ class Image:
         return self
 
     def build(self) -> Built:
-        counts: Counter[int] = Counter({0: 1})
+        refcounts = Refcounts(self.cluster_size, self.refcount_order)
         reserved_l1 = None if self._reserved is None else self._reserved[2]
-        l1_offsets = [self._place_l1(self.active, "the active disk", counts, reserved_l1)]
+        l1_offsets = [self._place_l1(self.active, "the active disk", refcounts, reserved_l1)]
         for index, snapshot in enumerate(self.snapshots):
-            l1_offsets.append(self._place_l1(snapshot.state, f"snapshot {index + 1}", counts, None))
+            l1_offsets.append(self._place_l1(snapshot.state, f"snapshot {index + 1}", refcounts, None))
         states = [self.active, *(snapshot.state for snapshot in self.snapshots)]
         for state in states:
-            self._count_references(state, counts)
+            self._count_references(state, refcounts)
         for offset, length in self._metadata:
-            self._count(counts, offset, length)
-        table_offset = self._write_snapshot_table(l1_offsets[1:], counts)
-        refcounts = self._write_refcounts(counts)
+            refcounts.count(offset, length)
+        table_offset = self._write_snapshot_table(l1_offsets[1:], refcounts)
+        reserved = None if self._reserved is None else self._reserved[:2]
+        refcount_table = refcounts.write(self.host, self.file, reserved, all_zero=not self.has_refcounts)
         for state, offset in zip(states, l1_offsets, strict=True):
-            self._write_tables(state, offset, counts)
-        self._write_header(l1_offsets[0], table_offset, refcounts)
+            self._write_tables(state, offset, refcounts)
+        self._write_header(l1_offsets[0], table_offset, refcount_table)
         if self.file.size < self.host.end:
             self.file.put(self.host.end - 1, b"\0")
         for offset, data in self.patches:
@@ -285,38 +254,35 @@ class Image:
             return state.l1_size
         return max(-(-state.size // self.l2_coverage), *(index + 1 for index in state.tables), 0, 0)
 
-    def _place_l1(self, state: State, whose: str, counts: Counter[int], reserved: int | None) -> int:
+    def _place_l1(self, state: State, whose: str, refcounts: Refcounts, reserved: int | None) -> int:
         length = self._l1_size(state) * 8
         clusters = -(-length // self.cluster_size)
         if reserved is None:
             reserved = self.host.clusters(clusters, f"L1 table of {whose}") if clusters else self.cluster_size
-        self._count(counts, reserved, length)
+        refcounts.count(reserved, length)
         return reserved
 
-    def _count(self, counts: Counter[int], offset: int, length: int) -> None:
-        counts.update(range(offset // self.cluster_size, -(-(offset + length) // self.cluster_size)))
-
-    def _count_references(self, state: State, counts: Counter[int]) -> None:
+    def _count_references(self, state: State, refcounts: Refcounts) -> None:
         for table in state.tables.values():
-            self._count(counts, table.host_offset, self.cluster_size)
+            refcounts.count(table.host_offset, self.cluster_size)
             for entry in table.entries.values():
                 if entry.span is not None:
-                    self._count(counts, *entry.span)
+                    refcounts.count(*entry.span)
 
-    def _write_tables(self, state: State, l1_offset: int, counts: Counter[int]) -> None:
+    def _write_tables(self, state: State, l1_offset: int, refcounts: Refcounts) -> None:
         size = self._l1_size(state)
         l1 = bytearray(8 * size)
         for index, table in state.tables.items():
-            copied = counts[table.host_offset // self.cluster_size] == 1
+            copied = refcounts.of(table.host_offset) == 1
             fields = {"reserved_low": 0, "offset": table.host_offset, "reserved_high": 0, "copied": copied}
             if index < size:
                 l1[8 * index : 8 * index + 8] = layout.L1TableEntry.build(fields)
-            self.file.put(table.host_offset, self._table_bytes(table, counts))
+            self.file.put(table.host_offset, self._table_bytes(table, refcounts))
         for index, word in state.exact_l1.items():
             l1[8 * index : 8 * index + 8] = word.to_bytes(8, "big")
         self.file.put(l1_offset, bytes(l1))
 
-    def _table_bytes(self, table: Table, counts: Counter[int]) -> bytes:
+    def _table_bytes(self, table: Table, refcounts: Refcounts) -> bytes:
         """An L2 table up to its last entry that is not zero."""
         width = self.cluster_size // self.l2_entries
         data = bytearray(width * (max(table.entries, default=0) + 1))
@@ -325,17 +291,17 @@ class Image:
             if self.has_data_file:  # guest clusters have an implicit refcount of 1
                 refcount = int(entry.has_host)
             elif entry.span is not None:
-                refcount = counts[entry.span[0] // self.cluster_size]
+                refcount = refcounts.of(entry.span[0])
             words = entry.build(refcount).to_bytes(8, "big") + entry.bitmap.to_bytes(8, "big")
             data[width * number : width * (number + 1)] = words[:width]
         return bytes(data)
 
-    def _write_snapshot_table(self, l1_offsets: list[int], counts: Counter[int]) -> int:
+    def _write_snapshot_table(self, l1_offsets: list[int], refcounts: Refcounts) -> int:
         if not self.snapshots:
             return 0
         table = b"".join(self._table_entry(*each) for each in zip(self.snapshots, l1_offsets, strict=True))
         offset = self.host.clusters(-(-len(table) // self.cluster_size), "snapshot table")
-        self._count(counts, offset, len(table))
+        refcounts.count(offset, len(table))
         self.file.put(offset, table)
         return offset
 
@@ -360,44 +326,7 @@ class Image:
         built: bytes = layout.SnapshotTableEntry.build(values)
         return built
 
-    def _write_refcounts(self, counts: Counter[int]) -> tuple[int, int]:
-        """Refcount blocks for all that is counted, and for themselves. Returns the table's offset and clusters."""
-        per_block = self.cluster_size * 8 >> self.refcount_order
-        if self._reserved is not None:
-            table, block, _ = self._reserved
-            places = {0: block}
-            clusters = 1
-            assert max(counts) < per_block, "metadata_first() has place for one refcount block"
-        else:
-            clusters, places, table = self._place_refcounts(counts, per_block)
-        self._count(counts, table, clusters * self.cluster_size)
-        for offset in places.values():
-            self._count(counts, offset, self.cluster_size)
-        entries = bytearray(clusters * self.cluster_size)
-        for index, offset in places.items():
-            entries[8 * index : 8 * index + 8] = layout.RefcountTableEntry.build({"reserved": 0, "offset": offset})
-            kept = counts if self.has_refcounts else Counter[int]()
-            refcounts = [kept[index * per_block + number] for number in range(per_block)]
-            self.file.put(offset, layout.refcount_block(self.refcount_order).build(refcounts))
-        self.file.put(table, bytes(entries))
-        return table, clusters
-
-    def _place_refcounts(self, counts: Counter[int], per_block: int) -> tuple[int, dict[int, int], int]:
-        """As many blocks as they need who count each other."""
-        first = self.host.end // self.cluster_size
-        needed = {cluster // per_block for cluster in counts}
-        while True:
-            clusters = -(-(max(needed) + 1) * 8 // self.cluster_size)
-            own = range(first, first + clusters + len(needed))
-            grown = needed | {cluster // per_block for cluster in own}
-            if grown == needed:
-                break
-            needed = grown
-        table = self.host.clusters(clusters, "refcount table")
-        places = {index: self.host.clusters(1, f"refcount block {index}") for index in sorted(needed)}
-        return clusters, places, table
-
-    def _write_header(self, l1_offset: int, snapshots_offset: int, refcounts: tuple[int, int]) -> None:
+    def _write_header(self, l1_offset: int, snapshots_offset: int, refcount_table: tuple[int, int]) -> None:
         behind = b"".join(self.extensions)
         if self.has_end_marker:
             behind += layout.HeaderExtension.build({"type": 0, "length": 0, "data": b"", "padding": b""})
@@ -412,8 +341,8 @@ class Image:
             "crypt_method": 0,
             "l1_size": self._l1_size(self.active),
             "l1_table_offset": l1_offset,
-            "refcount_table_offset": refcounts[0],
-            "refcount_table_clusters": refcounts[1],
+            "refcount_table_offset": refcount_table[0],
+            "refcount_table_clusters": refcount_table[1],
             "nb_snapshots": len(self.snapshots),
             "snapshots_offset": snapshots_offset,
             "incompatible_features": self.features,

@@ -14,6 +14,7 @@ import resource
 import select
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -53,10 +54,11 @@ class Ended(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Seconds; bytes of memory, 0 for no limit."""
+    """Seconds; bytes of memory, 0 for no limit; and an event that ends all that runs, as if its time were up."""
 
     timeout: float
     memory: int
+    stop: threading.Event
 
 
 def run_limited(
@@ -109,7 +111,7 @@ def _watch(pid: int, limits: Limits, deadline: float) -> End | None:
         poll.register(handle, select.POLLIN)
         while True:
             left = deadline - time.monotonic()
-            if left <= 0:
+            if left <= 0 or limits.stop.is_set():
                 return End.TIMEOUT
             if poll.poll(min(_LOOK_EVERY, left) * 1000):
                 return None

@@ -6,6 +6,7 @@ A check is one disk read, or one map. The reader gets an image of its own for ea
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -72,6 +73,7 @@ class Runner:
     """A reader, and how it is to be run.
 
     reader, map_reader  commands; at least one
+    timeout, memory     of each check: seconds; bytes, 0 for no limit
     keep                a directory for the files of each case, and for what the reader wrote and said. None: nothing
                         is kept
     """
@@ -81,23 +83,33 @@ class Runner:
         reader: ReaderCommand | None,
         map_reader: ReaderCommand | None = None,
         *,
-        limits: Limits,
+        timeout: float,
+        memory: int,
         jobs: int = 1,
         keep: Path | None = None,
     ) -> None:
         self._readers = [("read", reader)] if reader else []
         self._readers += [("map", map_reader)] if map_reader else []
-        self._limits = limits
+        self._limits = Limits(timeout, memory, threading.Event())
         self._jobs = jobs
         self._keep = keep
 
-    def run(self, cases: Sequence[Case], on_progress: Callable[[int], None] = lambda count: None) -> list[Check]:
-        """All checks, in the order of the cases whatever ends first. `on_progress` gets the number of cases done."""
+    def run(self, cases: Sequence[Case], on_progress: Callable[[int], None] = lambda _: None) -> list[Check]:
+        """All checks, in the order of the cases whatever ends first. `on_progress` is told of each case, by a 1.
+
+        Whatever interrupts it ends the readers that are running.
+        """
         checks: list[Check] = []
-        with ThreadPoolExecutor(self._jobs) as pool:
-            for done, found in enumerate(pool.map(self._run_case, cases), 1):
+        pool = ThreadPoolExecutor(self._jobs)
+        try:
+            for found in pool.map(self._run_case, cases):
                 checks += found
-                on_progress(done)
+                on_progress(1)
+        except BaseException:
+            self._limits.stop.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
         return checks
 
     def _run_case(self, case: Case) -> list[Check]:

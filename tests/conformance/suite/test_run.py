@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -12,10 +13,12 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from tests.cli.support import here
+from tests.cli.support import here, start
 from tests.conformance.suite import plain_reader
 from tests.support import Result
+from tests.support.processes import process_tree
 from tests.support.tools import require
+from tests.support.waiting import until
 
 # -S -E: Python starts in half the time.
 PLAIN = shlex.join([sys.executable, "-S", "-E", plain_reader.__file__])
@@ -148,6 +151,20 @@ def test_misdeeds_are_failures_of_their_own_kind(flaw: str, failure: str) -> Non
     assert time.monotonic() - began < 30
     expected = {failure, "accepted"} if flaw == "say-nothing" else {failure}
     assert {check["failure"] for check in found} == expected
+
+
+def test_a_run_that_is_ended_ends_its_readers_and_leaves_nothing(tmp_path: Path) -> None:
+    command = ["conformance", "run", "--reader", flawed("sleep"), "--cases", "mapping-*", "--timeout", "60"]
+    process = start(*command, env={"TMPDIR": str(tmp_path)})
+    try:
+        assert until(lambda: len(process_tree(process.pid)) > 1)
+        readers = process_tree(process.pid)[1:]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    assert not any(Path(f"/proc/{reader}").exists() for reader in readers)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_shell_sees_a_command_or_a_name(tmp_path: Path) -> None:

@@ -96,3 +96,23 @@ def bitmap_over_backing(name: str) -> Image:
     image = Image(name, 64 * KIB)
     image.over_raw(image.lines(64 * KIB))
     return add_bitmaps(some_disk(image), {})
+
+
+@case("bitmap-extra-data", "a bitmap with extra data, which may be used as it is", Section.BITMAP_DIRECTORY)
+def bitmap_extra_data(name: str) -> Image:
+    flags = BitmapFlag.EXTRA_DATA_COMPATIBLE
+    return add_bitmaps(some_disk(Image(name, 64 * KIB)), {"flags": flags, "extra_data": b"extra data, twelve"})
+
+
+@case("bitmap-name-longest", "a bitmap with a name of 1,023 bytes", Section.BITMAP_DIRECTORY)
+def bitmap_name_longest(name: str) -> Image:
+    return add_bitmaps(some_disk(Image(name, 64 * KIB)), {"name": b"b" * 1023})
+
+
+@case("feature-bitmaps-alone", "the bitmaps bit without the extension", Section.AUTOCLEAR, Section.BITMAPS_EXTENSION)
+def feature_bitmaps_alone(name: str) -> Image:
+    image = some_disk(Image(name, 64 * KIB))
+    image.autoclear |= AutoclearFeature.BITMAPS
+    return image.may_refuse(
+        "it is an error if this bit is set without the extension; the disk can be read all the same"
+    )

@@ -303,6 +303,16 @@ zstd_case(
     "zstd-garbage-behind", "bytes behind the frame that are no frame", zstd.repeated(_UNIT) + b"\xff" * 900, _UNIT * 256
 )
 
+zstd_case(
+    "zstd-two-frames",
+    "two frames, one behind the other",
+    zstd.raw(_LINES[:1000]) + zstd.raw(_LINES[1000:]),
+    _LINES,
+)
+zstd_case(
+    "zstd-skippable", "a frame that is to be skipped, then data", zstd.skippable(b"skip") + zstd.raw(_LINES), _LINES
+)
+
 broken_stream("refuse-zstd-garbage", "compressed data that is no frame", b"\xff" * 700, _SHORT, is_zstd=True)
 broken_stream("refuse-zstd-short", "a frame of less than a cluster", zstd.raw(_LINES[:4000]), _SHORT, is_zstd=True)
 broken_stream("refuse-zstd-deflate", "deflate, where the header says Zstandard", packed(_LINES), _SHORT, is_zstd=True)

@@ -20,18 +20,36 @@ for _length in (0, 1, 7, 8, 9, 300):
 
     @case(
         f"extensions-unknown-{_length}",
-        f"an unknown extension of {_length} bytes, then the format of the backing file: the first is skipped",
+        f"an unknown extension of {_length} bytes, which is skipped, padding and all: another one follows",
         Section.EXTENSIONS,
     )
     def extensions_unknown(name: str) -> Image:
-        image = Image(name, 64 * KIB).extension(UNKNOWN, b"x" * int(name.rpartition("-")[2]))
-        return some_disk(image.over_raw(b"QFI\xfb" + image.lines(32 * KIB - 4)))
+        image = Image(name, 64 * KIB).extension(UNKNOWN, b"\xff" * int(name.rpartition("-")[2]))
+        return some_disk(image.extension(UNKNOWN + 1, b"\xff" * 40))
 
 
-@case("extensions-padding", "padding behind extensions that is not zeros", Section.EXTENSIONS, Section.STRINGS)
+@case(
+    "extensions-before-format",
+    "an unknown extension, and behind it the format of the backing file: a raw one that looks like qcow2",
+    Section.STRINGS,
+    Section.EXTENSIONS,
+    Section.BACKING_FILE,
+)
+def extensions_before_format(name: str) -> Image:
+    image = Image(name, 64 * KIB).extension(UNKNOWN, b"five.")
+    return some_disk(image.over_raw(b"QFI\xfb" + image.lines(32 * KIB - 4)))
+
+
+@case("extensions-padding", "padding behind extensions that is not zeros", Section.EXTENSIONS)
 def extensions_padding(name: str) -> Image:
     image = Image(name, 64 * KIB).extension(UNKNOWN, b"abc", padding=b"\xff" * 5)
-    image.over_raw(image.lines(32 * KIB), stated=None)
+    return some_disk(image.extension(UNKNOWN, b"abcd", padding=b"\xff" * 4))
+
+
+@case("extensions-padding-of-string", "a format name with padding behind it that is not zeros", Section.STRINGS)
+def extensions_padding_of_string(name: str) -> Image:
+    image = Image(name, 64 * KIB)
+    image.over_raw(image.lines(64 * KIB), stated=None)
     return some_disk(image.extension(HeaderExtensionType.BACKING_FILE_FORMAT, b"raw", padding=b"\xff" * 5))
 
 
@@ -45,18 +63,30 @@ def extensions_many(name: str) -> Image:
     image = Image(name, 64 * KIB)
     for number in range(100):
         image.extension(UNKNOWN + number, b"%d" % number)
-    return some_disk(image.over_raw(image.lines(32 * KIB)))
+    return some_disk(image)
+
+
+@case(
+    "extensions-fill-cluster",
+    "extensions up to the end of the first cluster, without an end marker",
+    Section.EXTENSIONS,
+)
+def extensions_fill_cluster(name: str) -> Image:
+    image = Image(name, 64 * KIB, cluster_bits=9)
+    image.has_end_marker = False
+    return some_disk(image.extension(UNKNOWN, b"\xff" * 200).extension(UNKNOWN, b"\xff" * (512 - 104 - 208 - 8)))
 
 
 @case(
     "extensions-no-end-marker",
     "extensions that go on to where the name of the backing file starts, without an end marker",
+    Section.BACKING_FILE,
     Section.EXTENSIONS,
 )
 def extensions_no_end_marker(name: str) -> Image:
     image = Image(name, 64 * KIB)
     image.has_end_marker = False
-    return some_disk(image.extension(UNKNOWN, b"x" * 24).over_raw(image.lines(32 * KIB)))
+    return some_disk(image.extension(UNKNOWN, b"x" * 24).over_raw(image.lines(64 * KIB)))
 
 
 @case(

@@ -47,13 +47,14 @@ for _length in (112, 120, 256):
 
 @case(
     "header-length-extensions",
-    "a header of 144 bytes, and extensions behind it: they start where header_length says",
-    Section.ADDITIONAL,
+    "a header of 144 bytes, and extensions behind it, and a backing file: they start where header_length says",
     Section.EXTENSIONS,
+    Section.ADDITIONAL,
+    Section.BACKING_FILE,
 )
 def header_length_extensions(name: str) -> Image:
     image = Image(name, 64 * KIB, header_length=144)
-    return some_disk(image.over_raw(image.lines(48 * KIB)))
+    return some_disk(image.over_raw(image.lines(64 * KIB)))
 
 
 @case(

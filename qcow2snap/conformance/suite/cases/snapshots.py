@@ -13,6 +13,8 @@ from qcow2snap.conformance.suite.values import Section
 TABLE = Section.SNAPSHOT_ENTRY
 DISK = Section.SNAPSHOTS
 
+ACTIVE_IS_FREE = "the active disk is whole, but what the table holds is not known"
+
 
 @case("snapshot-one", "one snapshot, and clusters that were written, zeroed and discarded since", DISK)
 def snapshot_one(name: str) -> Image:
@@ -63,6 +65,14 @@ def snapshot_v2_size(name: str) -> Image:
     image = some_disk(Image(name, 64 * KIB, version=2))
     image.snapshot("small", extra_data_size=16)
     image.active.resize(128 * KIB).data(20)
+    return image
+
+
+@case("snapshot-v3-no-extra", "version 3 without the extra data that it must have", TABLE)
+def snapshot_v3_no_extra(name: str) -> Image:
+    image = some_disk(Image(name, 64 * KIB))
+    image.snapshot("old", extra_data_size=0).may_refuse("version 3 must tell the disk size in the extra data")
+    image.active.data(0).may_refuse(ACTIVE_IS_FREE)
     return image
 
 
@@ -306,8 +316,6 @@ def snapshot_id_text(name: str) -> Image:
 
 
 # -- tables that cannot be read ----------------------------------------------------------------------------------------
-
-ACTIVE_IS_FREE = "the active disk is whole, but what the table holds is not known"
 
 
 def broken_snapshot(name: str, about: str, reason: str, **fields: Any) -> None:
