@@ -34,6 +34,7 @@ def test_the_rooms_import_downward_only() -> None:
         ("import qcow2snap.cli.list", {"numpy", "rich"}),
         ("import qcow2snap.image", {"numpy", "click", "rich"}),
         ("import qcow2snap.nbd.server", {"click", "rich"}),
+        ("import qcow2snap.conformance.suite.cases", {"numpy", "click", "rich"}),
     ],
 )
 def test_nothing_heavy_is_loaded_before_it_is_needed(statement: str, absent: set[str]) -> None:

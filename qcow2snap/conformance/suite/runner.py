@@ -5,6 +5,7 @@ A check is one disk read, or one map. The reader gets an image of its own for ea
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -149,8 +150,8 @@ class Runner:
         )
         judged = self._judge(check._replace(seconds=ended.seconds), disk, ended, output)
         if self._keep is None:
-            output.unlink(missing_ok=True)
-            log.unlink()
+            _remove(output)
+            _remove(log)
         return self._check_unmodified(judged, built, image)
 
     def _judge(self, check: Check, disk: Disk, ended: Ended, output: Path) -> Check:
@@ -165,8 +166,8 @@ class Runner:
             return _failed(check, Failure.REFUSED, f"refused with exit code {ended.code}{_said(ended)}")
         if disk.must_refuse:
             return _failed(check, Failure.ACCEPTED, f"not refused, although {disk.reason}")
-        if not output.exists():
-            return _failed(check, Failure.WRONG, "exit code 0, but there is no output")
+        if not output.is_file():
+            return _failed(check, Failure.WRONG, "exit code 0, but the output is not there, or is no file")
         if check.what == "map":
             wrong = judge_map(disk, output.read_text(errors="replace"))
             return check if wrong is None else _failed(check, Failure.MAP, wrong)
@@ -176,10 +177,19 @@ class Runner:
     def _check_unmodified(self, check: Check, built: Built, image: Path) -> Check:
         """A reader that writes to what it reads has failed, whatever else it did; others get the image as it was."""
         for (name, file), path in zip(built.files.items(), _paths(built, image), strict=True):
-            if not path.exists() or path.stat().st_size != file.size or sha256_of(path) != file.content.sha256:
+            if not path.is_file() or path.stat().st_size != file.size or sha256_of(path) != file.content.sha256:
+                _remove(path)
                 file.write(path, sparse=built.sparse)
                 return _failed(check, Failure.MODIFIED, f"{name} is not what it was before")
         return check
+
+
+def _remove(path: Path) -> None:
+    """Whatever a reader made of it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _paths(built: Built, image: Path) -> list[Path]:

@@ -149,7 +149,18 @@ def say_nothing(path: str, output: str) -> None:
     pass
 
 
+def make_directory(path: str, output: str) -> None:
+    os.mkdir(output)
+
+
+def replace_image(path: str, output: str) -> None:
+    os.unlink(path)
+    os.mkdir(path)
+
+
 MISDEEDS = {
+    "make-directory": make_directory,
+    "replace-image": replace_image,
     "crash": crash,
     "sleep": sleep,
     "allocate": allocate,
