@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 from tests.benchmarks import (
+    check,
     diff,
     extract,
     extract_qcow2,
@@ -28,6 +29,7 @@ TOPICS = {
     "map": mapping,
     "nbd-read": nbd_read,
     "nbd-many": nbd_many,
+    "check": check,
     "diff": diff,
     "extract": extract,
     "extract-qcow2": extract_qcow2,

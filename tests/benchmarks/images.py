@@ -146,6 +146,23 @@ def many_snapshots(count: int) -> Path:
     return _made(f"snapshots-{count}.qcow2", build)
 
 
+def shared_tables(size: int, count: int) -> Path:
+    """A disk with all of its metadata, and snapshots between each two of which 64 KiB was written somewhere."""
+
+    def build(image: Path) -> None:
+        _create(image, size, "preallocation=metadata")
+        for number in range(count):
+            _snapshot(image, str(number))
+            offset = size // count * number
+            subprocess.run(
+                ["qemu-io", "-f", "qcow2", "-t", "unsafe", "-c", f"write {offset} 64k", image],
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+
+    return _made(f"shared-tables-{size // _GIB}G-{count}.qcow2", build)
+
+
 def preallocated(size: int) -> Path:
     """A disk with all of its metadata and no data."""
     return _made(f"preallocated-{size // _GIB}G.qcow2", lambda image: _create(image, size, "preallocation=metadata"))
