@@ -14,7 +14,7 @@ _GIB = 1 << 30
 def rows(quick: bool) -> Iterator[pairs.Row]:
     count = 3 if quick else 7
     large = 64 * _GIB if quick else 1 << 40
-    snapshots = partial(images.shared_tables, *((16 * _GIB, 20) if quick else (128 * _GIB, 100)))
+    snapshots = partial(images.shared_tables, *((16 * _GIB, 20) if quick else (256 * _GIB, 100)))
     ordinary = _GIB if quick else 10 * _GIB
     for what, build, target in (
         ("check, 100 snapshots", snapshots, 10.0),
