@@ -1,9 +1,11 @@
-"""A real guest in a real QEMU writes its disk on our export, and a backup is taken meanwhile, as backup programs do."""
+"""Who writes a disk in earnest, on our export: a guest in a real QEMU, a file system. Backups are taken meanwhile."""
 
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from tests.nbd.fleecing import copy
 from tests.nbd.serving import Serving
+from tests.nbd.support import run as output
 from tests.support import guest, require
 from tests.support.qmp import RunningQemu
 from tests.support.waiting import until
@@ -111,3 +114,33 @@ def test_full_and_incremental_backups_as_virtnbdbackup_takes_them(tmp_path: Path
              for at in range(0, size, 4096)]  # fmt: skip
     (tmp_path / "since.json").write_text(json.dumps(dirty))
     assert 0 < backup(2, "--bitmap", tmp_path / "since.json", bitmap="since") < size // 2
+
+
+@pytest.mark.skipif(
+    not os.access("/dev/fuse", os.R_OK | os.W_OK) or not (os.geteuid() == 0 or shutil.which("fusermount3")),
+    reason="nobody may mount here",
+)
+def test_a_file_system_is_written_by_way_of_nbdfuse(tmp_path: Path) -> None:
+    """The backup is the file system as it was, and sound; so is the disk, with what was written."""
+    disk, backup, at = tmp_path / "disk.raw", tmp_path / "backup.raw", tmp_path / "at"
+    with disk.open("wb") as file:
+        file.truncate(16 << 20)
+    output(require("mke2fs"), "-q", "-t", "ext4", "-b", "1024", disk)
+    before = disk.read_bytes()
+    new, at_new = tmp_path / "new", random.Random(1).randbytes(2 << 20)
+    new.write_bytes(at_new)
+    serving = Serving(disk, "--target", tmp_path / "temp.raw", "-k", tmp_path / "s", command="fleece")
+    at.mkdir()
+    fuse = subprocess.Popen([require("nbdfuse"), at, serving.uris[0]])
+    try:
+        assert until((at / "nbd").exists)
+        output("debugfs", "-w", "-R", f"write {new} new", at / "nbd")
+        assert copy(serving.uris[1], backup) == before
+    finally:
+        fuse.terminate()  # which unmounts it
+        fuse.wait(20)
+    assert serving.stop() == 0
+    for image in (disk, backup):
+        output("e2fsck", "-fn", image)
+    output("debugfs", "-R", f"dump new {tmp_path / 'found'}", disk)
+    assert (tmp_path / "found").read_bytes() == at_new
