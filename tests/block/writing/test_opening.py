@@ -50,6 +50,20 @@ def test_unknown_autoclear_bits_are_cleared_by_the_first_write(new_image: NewIma
     assert is_sound(path)
 
 
+@pytest.mark.parametrize("change", ["snapshot", "resize", "repair"])
+def test_so_they_are_by_any_other_change(new_image: NewImage, change: str) -> None:
+    image = new_image("1M").patch(AUTOCLEAR, struct.pack(">Q", 1 << 40))
+    if change == "repair":
+        image.patch(INCOMPATIBLE, struct.pack(">Q", DIRTY))
+    with writing(image.path) as node:
+        if change == "snapshot":
+            node.create_snapshot("s")
+        elif change == "resize":
+            node.resize(2 << 20)
+    assert table.field(image.path, AUTOCLEAR) == 0
+    assert is_sound(image.path)
+
+
 def test_a_bitmap_that_records_is_marked_in_use_and_one_that_does_not_stays_right(new_image: NewImage) -> None:
     path = new_image("1M").path
     for name in ("records", "rests"):

@@ -137,6 +137,7 @@ class WritableQcow2Node(Qcow2Node):
         return Epoch(self.file, self.header, self._new_image, Look(b"", table), watches)
 
     def _repair(self, table: SnapshotTable) -> None:
+        self._header_state.clear_unknown_autoclear()
         wrong = repair_refcounts(self.metadata, table)
         self._header_state.clear_dirty()
         features = self.header.incompatible_features & ~IncompatibleFeature.DIRTY

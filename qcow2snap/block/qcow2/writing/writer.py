@@ -94,8 +94,10 @@ class Writer:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Nobody changes the disk meanwhile; what was under way has ended."""
+        """Around a change of the image as a whole: nobody changes the disk meanwhile, what was under way has ended."""
+        self.header.check()
         with self.gate.alone():
+            self.header.clear_unknown_autoclear()
             yield
 
     # -- writes -------------------------------------------------------------------------------------------------------
