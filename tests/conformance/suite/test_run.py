@@ -150,7 +150,7 @@ def test_misdeeds_are_failures_of_their_own_kind(flaw: str, failure: str) -> Non
     found = checks(
         flawed(flaw), "--timeout", timeout, "--memory", "200M", cases=("refuse-crypt-method-3", "mapping-full")
     )
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60  # of two cases; without limits they would never end
     expected = {failure, "accepted"} if failure == "wrong" else {failure}
     assert {check["failure"] for check in found} == expected
 
