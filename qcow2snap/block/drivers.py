@@ -33,7 +33,8 @@ from qcow2snap.block.snapshot_access import SnapshotAccessNode
 from qcow2snap.block.writable_file import WritableFileNode
 
 if TYPE_CHECKING:
-    from qcow2snap.block.named_nodes import Graph, NamedNode
+    from qcow2snap.block.edges import NamedNode
+    from qcow2snap.block.named_nodes import Graph
 
 # What a child whose options stand in its parent's takes over from it (QEMU bdrv_inherited_options).
 _INHERITED = ("read-only", "force-share", "cache")

@@ -85,10 +85,12 @@ def _with_lists(value: Any, path: str) -> Any:
         return below
     if len(numbers) < len(below):
         raise _inconsistent(path)
-    for number in range(min(len(below), MAX_LIST)):
+    if len(below) > MAX_LIST:
+        raise InvalidOption(f"Parameter '{path}' has more than {MAX_LIST} elements")
+    for number in range(len(below)):
         if str(number) not in below:
             raise InvalidOption(f"Parameter '{path}.{number}' missing")
-    return [below[str(number)] for number in range(len(below))] if len(below) <= MAX_LIST else below
+    return [below[str(number)] for number in range(len(below))]
 
 
 def _inconsistent(path: str) -> InvalidOption:

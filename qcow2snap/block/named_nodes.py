@@ -14,10 +14,7 @@ from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
 from qcow2snap.block.backend import BlockBackend
-from qcow2snap.block.before_write import BeforeWriteNode
-from qcow2snap.block.copy_before_write import CopyBeforeWriteNode
-from qcow2snap.block.file import FileNode
-from qcow2snap.block.image_lock import ImageLock, Permission
+from qcow2snap.block.edges import CBW, Edge, NamedNode, Root
 from qcow2snap.block.node import (
     BlockNode,
     InvalidOption,
@@ -28,7 +25,7 @@ from qcow2snap.block.node import (
     Qcow2SnapError,
     ReadOnly,
 )
-from qcow2snap.block.permissions import ALL, Perm, Use, combined, names
+from qcow2snap.block.permissions import ALL, Perm, Use, names
 
 if TYPE_CHECKING:
     from qcow2snap.block.drivers import Driver
@@ -36,87 +33,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_NODES = 1 << 10
+MAX_DEPTH = 64  # nodes above each other
 MAX_NAME = 31  # characters of a node's name
 DRAIN_TIMEOUT = 60.0  # seconds that requests under way get before a change of the graph is given up
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
-_CBW = "copy-before-write"
-
-
-class Edge:
-    """One parent's use of one child (QEMU's BdrvChild). `parent` is None for a user from outside: that is a root."""
-
-    def __init__(self, parent: NamedNode | None, name: str, child: NamedNode, use: Use | None = None) -> None:
-        self.parent = parent
-        self.name = name
-        self.child = child
-        self.use = use or Use()
-
-    def __str__(self) -> str:
-        who = "an unnamed block device" if self.parent is None else f"node '{self.parent.name}'"
-        return f"{who} (uses node '{self.child.name}' as '{self.name}' child)"
-
-
-class NamedNode:
-    """A node of the graph, and what it was made from.
-
-    read_only  was asked for; the node may be so without that
-    is_owned   it was added by itself, and has to be deleted; otherwise it goes with its last parent
-    lock       QEMU's image lock, where the node is a file that has it
-    """
-
-    node: BlockNode
-
-    def __init__(self, name: str, driver: Driver, options: Mapping[str, Any], *, is_owned: bool) -> None:
-        self.name = name
-        self.driver = driver
-        self.options = dict(options)
-        self.read_only = bool(options.get("read-only", False))
-        self.is_owned = is_owned
-        self.children: dict[str, Edge] = {}
-        self.parents: list[Edge] = []
-        self.lock: ImageLock | None = None
-        self._route: tuple[tuple[CopyBeforeWriteNode, ...], BeforeWriteNode] | None = None
-
-    @property
-    def uses(self) -> Use:
-        """What all parents together do with it, and let others do."""
-        return combined([edge.use for edge in self.parents])
-
-    @property
-    def route(self) -> BlockNode:
-        """What its parents are to call: the node, or what tells its copy-before-write filters first."""
-        filters = [edge.parent.node for edge in self.parents if _is_filter(edge) and edge.parent]
-        if self.node.read_only or not filters or len(self.parents) == 1:
-            return self.node
-        key = tuple(each for each in filters if isinstance(each, CopyBeforeWriteNode))
-        if self._route is None or self._route[0] != key:
-            self._route = key, BeforeWriteNode(self.node, key)
-        return self._route[1]
-
-    def below(self) -> Iterator[NamedNode]:
-        """This, and all that is below it; what can be reached in two ways comes twice."""
-        yield self
-        for edge in self.children.values():
-            yield from edge.child.below()
-
-    def line(self) -> Iterator[NamedNode]:
-        """This, and what its requests pass on their way down to the file."""
-        yield self
-        below = self.children.get("file")
-        if below is not None:
-            yield from below.child.line()
-
-
-class Root:
-    """A user's hold on a node: an export has one. Given back by Graph.release().
-
-    node  to be read and written: a BlockBackend, unless nothing can ever be exchanged below it
-    """
-
-    def __init__(self, edge: Edge, node: BlockNode) -> None:
-        self.edge = edge
-        self.node = node
 
 
 class Graph:
@@ -385,7 +306,7 @@ class Graph:
 
     def _as_seen(self, node: NamedNode, *, writable: bool) -> BlockNode:
         """What a user is to have. Where it can never change, that is the node itself, whose reads are faster."""
-        if node.node.read_only and not any(each.options["driver"] == _CBW for each in node.below()):
+        if node.node.read_only and not any(each.options["driver"] == CBW for each in node.below()):
             return node.node
         line = [*node.line()]
         zeroes = next((each.options["detect-zeroes"] for each in line if each.options.get("detect-zeroes")), "off")
@@ -400,7 +321,7 @@ class Graph:
 
     def _drained_for(self, options: Mapping[str, Any]) -> AbstractContextManager[None]:
         """Where a node of these options comes or goes: drained, if others have to do with it at once."""
-        return self._drained() if options["driver"] == _CBW else nullcontext()
+        return self._drained() if options["driver"] == CBW else nullcontext()
 
     @contextmanager
     def _drained(self) -> Iterator[None]:
@@ -423,6 +344,8 @@ class Graph:
     def _attach(self, edge: Edge, undo: ExitStack) -> None:
         """Give a child a parent, if all others agree."""
         if edge.parent is not None:
+            if edge.parent.height + edge.child.depth > MAX_DEPTH:
+                raise NotSupported(f"{MAX_DEPTH} nodes above each other are all there can be")
             edge.use = edge.parent.driver.use_of(edge.parent, edge.name)
             edge.parent.children[edge.name] = edge
         edge.child.parents.append(edge)
@@ -445,12 +368,12 @@ class Graph:
             for edge, use in zip(edges, before, strict=True):
                 edge.use = use
             for each in node.below():
-                _update_lock(each)
+                each.update_lock()
             raise
 
     def _update(self, node: NamedNode) -> None:
         self._check(node)
-        _update_lock(node)
+        node.update_lock()
         for edge in node.children.values():
             edge.use = node.driver.use_of(node, edge.name)
             self._update(edge.child)
@@ -465,27 +388,3 @@ class Graph:
         is_read_only = node.read_only or (hasattr(node, "node") and node.node.read_only and not node.driver.may_trim)
         if is_read_only and node.uses.perm & (Perm.WRITE | Perm.RESIZE):
             raise ReadOnly("Block node is read-only")
-
-
-def _is_filter(edge: Edge) -> bool:
-    return edge.parent is not None and edge.parent.options["driver"] == _CBW and edge.name == "file"
-
-
-_LOCKED = {
-    Perm.CONSISTENT_READ: Permission.CONSISTENT_READ,
-    Perm.WRITE: Permission.WRITE,
-    Perm.WRITE_UNCHANGED: Permission.WRITE_UNCHANGED,
-    Perm.RESIZE: Permission.RESIZE,
-}
-
-
-def _update_lock(node: NamedNode) -> None:
-    """Have the lock on a file say what is done with it now. ImageInUse if another process objects."""
-    if node.lock is None or not isinstance(getattr(node, "node", None), FileNode):
-        return
-    perm, shared = node.uses
-    used = [bit for each, bit in _LOCKED.items() if perm & each]
-    unshared = [bit for each, bit in _LOCKED.items() if not shared & each]
-    is_locked = node.lock.update(used, unshared)
-    assert isinstance(node.node, FileNode)
-    node.node.set_stable(is_locked and not (perm | shared) & Perm.WRITE)

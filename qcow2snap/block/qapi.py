@@ -78,10 +78,8 @@ class Size(Integer):
             match = _SIZE.fullmatch(value)
             if not match:
                 raise InvalidOption(f"Parameter '{path}' expects a non-negative number below 2^64")
-            unit = 1 << 10 * _SUFFIXES.index(match[2].upper() or "B")
-            whole = int(match[1], 16) if "x" in match[1].lower() else None
-            value = whole * unit if whole is not None else int(float(match[1]) * unit) if "." in match[1] else None
-            value = int(match[1]) * unit if value is None else value
+            number = float(match[1]) if "." in match[1] else int(match[1], 16 if "x" in match[1].lower() else 10)
+            value = int(number * (1 << 10 * _SUFFIXES.index(match[2].upper() or "B")))
         return super().read(value, path, strings=False)
 
 

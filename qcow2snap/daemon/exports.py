@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from qcow2snap.block.named_nodes import Graph, NamedNode, Root
+from qcow2snap.block.edges import NamedNode, Root
+from qcow2snap.block.named_nodes import Graph
 from qcow2snap.block.node import (
     BitmapNotFound,
     ChangeTracking,

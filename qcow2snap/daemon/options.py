@@ -99,12 +99,7 @@ def carry_out(daemon: Daemon, ordered: Iterable[tuple[str, str]]) -> None:
                 raise InvalidOption("Help is not available for this option")
             _STEPS[name](daemon, value)
         except Qcow2SnapError as error:
-            raise type_of(error)(f"--{name} {value[:1000]}: {error}") from error
-
-
-def type_of(error: Qcow2SnapError) -> type[Qcow2SnapError]:
-    """A kind that is made from a text alone."""
-    return type(error) if type(error).__init__ is Exception.__init__ else Qcow2SnapError
+            raise Qcow2SnapError(f"--{name} {value[:1000]}: {error}") from error
 
 
 _STEPS: dict[str, Callable[[Daemon, str], object]] = {

@@ -5,9 +5,10 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
+from qcow2snap.block.edges import NamedNode
 from qcow2snap.block.file import FileNode
 from qcow2snap.block.graph import files_of
-from qcow2snap.block.named_nodes import Graph, NamedNode
+from qcow2snap.block.named_nodes import Graph
 from qcow2snap.block.node import BlockNode, Qcow2SnapError, SnapshotAccess, UnsupportedFeature
 from qcow2snap.block.permissions import Perm
 from qcow2snap.block.qcow2.driver import Qcow2Node

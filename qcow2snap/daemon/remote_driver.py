@@ -12,7 +12,8 @@ from qcow2snap.nbd.remote_node import RemoteNode
 from qcow2snap.nbd.uri import URI
 
 if TYPE_CHECKING:
-    from qcow2snap.block.named_nodes import Graph, NamedNode
+    from qcow2snap.block.edges import NamedNode
+    from qcow2snap.block.named_nodes import Graph
 
 RETRY_DELAY = 0.2  # seconds between two tries to connect within open-timeout
 
