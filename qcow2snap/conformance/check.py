@@ -81,8 +81,8 @@ class Report(NamedTuple):
         return 2 if self.corruptions else 3 if self.leaks else 0
 
     def about(self, number: int) -> Report:
-        """Only what touches one state."""
-        findings = tuple(finding for finding in self.findings if number in finding.states)
+        """Only what touches one state, or stops QEMU whatever it wants of the image."""
+        findings = tuple(f for f in self.findings if number in f.states or (f.stops and not f.states))
         kinds = [(finding.rule.severity, finding.stops) for finding in findings]
         return self._replace(
             findings=findings,
@@ -121,6 +121,8 @@ def check(file: FileNode, options: Options = Options()) -> Report:  # noqa: B008
     unread = sum(states[number].can_follow(header) for number in walk.left_out)
     if unread:
         findings.problems.append(f"the L1 tables of {unread} states are too much for one check, and were not read")
+    if walk.nb_unread:
+        findings.problems.append(f"{walk.nb_unread} L2 tables off the cluster grid are too much, and were not read")
     figures = None
     if not options.quick:
         figures = _Pass(subject, walk, structures, options).run()

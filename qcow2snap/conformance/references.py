@@ -98,6 +98,7 @@ class References:
     states      the active disk, then the snapshots in the order of their table
     tables      the L2 tables that lie in the file and are read
     outside     the L2 tables that do not
+    nb_unread   L2 tables off the cluster grid that would be more than the walk reads
     left_out    states whose L1 table is not followed, or would be more than the walk reads
     threads     any; nothing changes after construction
     errors      FileError
@@ -138,9 +139,11 @@ class References:
         is_inside = tables.offsets < self.file_size
         self.outside = tables.chosen(~is_inside)
         self.tables = tables.chosen(is_inside)
+        self.nb_unread = 0
         unaligned = self.tables.offsets % header.cluster_size != 0
         if unaligned.any():
             unaligned &= np.cumsum(unaligned) * header.cluster_size > MAX_UNALIGNED_BYTES
+            self.nb_unread = int(unaligned.sum())
             self.tables = self.tables.chosen(~unaligned)
 
     def batches(self) -> Iterator[L2Batch]:

@@ -50,12 +50,13 @@ def read_snapshots(subject: Subject) -> SnapshotEntries:
         fixed = window.read(offset + position, layout.SNAPSHOT_HEADER_LENGTH).ljust(len(_NO_ENTRY), b"\0")
         used = used_size(fixed)
         end = position + used
+        where = f"snapshot table entry {index + 1} of {count}"
         if end > layout.MAX_SNAPSHOT_TABLE_SIZE:
+            _judge_form(subject, fixed, offset + position, where, index)
             what = f"with entry {index + 1} of {count} the snapshot table exceeds 64 MiB"
             findings.add(Finding(rules.SNAPSHOT_TABLE_SIZE, offset + position, what, stops=True))
             nb_lost += count - index
             break
-        where = f"snapshot table entry {index + 1} of {count}"
         if fixed == _NO_ENTRY:
             if position >= length:  # all that follow are lost too
                 rest = min(count, layout.MAX_SNAPSHOTS) - index

@@ -62,7 +62,8 @@ def read_bitmap_directory(file: FileNode, header: ImageHeader) -> tuple[BitmapIn
     fields = layout.BitmapsExtension.parse(extension.data)
     offset, size = fields.bitmap_directory_offset, fields.bitmap_directory_size
     if fields.nb_bitmaps > layout.MAX_BITMAPS or size > layout.MAX_BITMAP_DIRECTORY_SIZE:
-        raise rules.BITMAP_DIRECTORY.broken(extension.host_offset, f"{fields.nb_bitmaps} bitmaps are too many")
+        rule = rules.BITMAP_NUMBER if fields.nb_bitmaps > layout.MAX_BITMAPS else rules.BITMAP_DIRECTORY
+        raise rule.broken(extension.host_offset, f"{fields.nb_bitmaps} bitmaps in {size} bytes are too many")
     directory = file.pread_available(offset, size)
     bitmaps = []
     position = 0
@@ -74,7 +75,7 @@ def read_bitmap_directory(file: FileNode, header: ImageHeader) -> tuple[BitmapIn
                 offset + position, f"bitmap directory entry {index} of {fields.nb_bitmaps} is not whole"
             ) from None
         if entry.granularity_bits > 63:
-            raise rules.BITMAP_DIRECTORY.broken(
+            raise rules.BITMAP_GRANULARITY.broken(
                 offset + position + 17, f"granularity 2^{entry.granularity_bits} of a bitmap is impossible"
             )
         bitmaps.append(
