@@ -40,6 +40,11 @@ _NOTHING: NDArray[np.uint64] = np.zeros(0, np.uint64)
 _PENDING = 1 << 20  # L1 entries that are gathered before they are put in order
 
 
+def size_in_sectors(file: FileNode) -> int:
+    """Bytes of a file as QEMU counts them: the last sector is there whole."""
+    return -(-file.current_size() // layout.SECTOR_SIZE) * layout.SECTOR_SIZE
+
+
 def words(data: bytes) -> NDArray[np.uint64]:
     """64-bit entries of a table; the last one may be cut by the end of the file, and goes on with zeros there."""
     return np.frombuffer(data + bytes(-len(data) % 8), dtype=">u8").astype(np.uint64)
@@ -115,7 +120,7 @@ class References:
         self._file = file
         self.header = header
         self.states = tuple(states)
-        self.file_size = file.current_size()
+        self.file_size = size_in_sectors(file)
         tally, left_out, budget, entry_budget = _Tally(), [], MAX_L1_BYTES, MAX_L1_ENTRIES
         last: tuple[int, int] | None = None
         entries = offsets = _NOTHING

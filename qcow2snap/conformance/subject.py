@@ -11,6 +11,7 @@ from qcow2snap.block.file import FileNode
 from qcow2snap.block.qcow2.header import ImageHeader
 from qcow2snap.block.qcow2.rules import Rule
 from qcow2snap.conformance.findings import Finding, Findings
+from qcow2snap.conformance.references import size_in_sectors
 
 _MAX_BITMAP_TABLES = 64 << 20  # bytes of the tables of all bitmaps that one check reads
 
@@ -29,7 +30,7 @@ class Subject:
 
     def __init__(self, file: FileNode, header: ImageHeader, findings: Findings) -> None:
         self.file = file
-        self.file_size = file.current_size()
+        self.file_size = size_in_sectors(file)
         self.header = header
         self.findings = findings
         self.bitmap_data: list[NDArray[np.int64]] = []  # host offsets of clusters, at their boundaries
