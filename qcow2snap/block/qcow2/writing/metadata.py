@@ -6,21 +6,20 @@ For whoever changes an image as a whole (snapshots, resizing); what a guest writ
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qcow2snap.block.node import ImageFormatError, Qcow2SnapError
+from qcow2snap.block.node import ImageFormatError
 from qcow2snap.block.qcow2.header import ImageHeader
-from qcow2snap.block.qcow2.writing.active_tables import ActiveTables, from_big_endian
+from qcow2snap.block.qcow2.writing.active_tables import ActiveTables
 from qcow2snap.block.qcow2.writing.entries import COMPRESSED, COPIED, L1_OFFSET, OFFSET
 from qcow2snap.block.qcow2.writing.image_file import ImageFile
 from qcow2snap.block.qcow2.writing.order import Stage, WriteOrder
 from qcow2snap.block.qcow2.writing.overlap import Section, Sections
 from qcow2snap.block.qcow2.writing.refcounts import Refcounts
-from qcow2snap.block.qcow2.writing.tree import tree_references, with_copied_flags
+from qcow2snap.block.qcow2.writing.tree import with_copied_flags
 from qcow2snap.block.qcow2.writing.users import Users
 
 if TYPE_CHECKING:
@@ -35,10 +34,6 @@ class Metadata:
     threads    each method says so: "locked" ones with `lock` held, the others without
     errors     ImageFormatError for an image that is damaged; NoSpace, NotSupported, FileError
     owns       nothing: the files belong to the node
-    snapshots  To make one: with writers stopped, commit(); allocate and queue the copy of the L1 table and the new
-               snapshot table (Stage.COUNTS), add_references(l1), update_copied_flags(), queue the header's pointer
-               (Stage.POINTERS), release the old table, commit(). To delete one: queue the new snapshot table and the
-               pointer, release_references(l1), release L1 and old table, commit(); update_copied_flags(), commit().
     """
 
     def __init__(
@@ -88,32 +83,7 @@ class Metadata:
         """Locked. Bytes that the next commit is to write; see order.py for the stages."""
         self.order.queue(stage, offset, data, section)
 
-    # -- whole trees --------------------------------------------------------------------------------------------------
-
-    def read_l1(self, offset: int, size: int) -> list[int]:
-        """The entries of an L1 table in the file."""
-        return list(from_big_endian(self.file.pread_available(offset, 8 * size)))
-
-    def add_references(self, l1: Iterable[int]) -> None:
-        """Locked. One reference more to all that an L1 table leads to. NotSupported changes nothing.
-
-        The file has to have the tree as it is: after a commit.
-        """
-        entries = list(l1)
-        done = 0
-        try:
-            for references in tree_references(self.file, self.header, entries):
-                self.refcounts.add_many(*references)
-                done += 1
-        except Qcow2SnapError:
-            for clusters, counts in islice(tree_references(self.file, self.header, entries), done):
-                self.refcounts.add_many(clusters, -counts)
-            raise
-
-    def release_references(self, l1: Iterable[int], *, punch: bool = True) -> None:
-        """Locked. One reference less to all that an L1 table leads to, once the next commit is on disk."""
-        for clusters, counts in tree_references(self.file, self.header, l1):
-            self.order.release(clusters, None if (counts == 1).all() else counts, punch=punch)
+    # -- all tables ---------------------------------------------------------------------------------------------------
 
     def update_copied_flags(self) -> None:
         """Locked. The COPIED flags of the active disk's tables as the refcounts say."""

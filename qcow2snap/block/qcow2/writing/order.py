@@ -9,8 +9,8 @@ which was flushed to it. Space that nobody uses but the refcounts say so (a leak
 2. So is the refcount that counts the reference. A refcount on disk may be too high, never too low.
 3. A cluster is used for nothing else, and its refcount does not sink, before the last reference to it is gone from the
    disk; nor while somebody reads or writes it who has looked up where it is (users.py).
-4. A cluster that a snapshot shares is never written. While it is shared, no L2 or L1 entry in the file has its COPIED
-   flag: the flags are gone before the header points to the snapshot.
+4. A cluster that a snapshot shares is never written: its entries on disk have no COPIED flag when the header has the
+   snapshot. So snapshots come and go in one step, from one whole state of all tables to another (shadow.py).
 
 Tables are changed in memory. A commit takes what has changed at one moment, and writes it in stages, a flush between
 any two of them (QEMU orders its two metadata caches to the same end, table by table: block/qcow2-cache.c):
@@ -19,7 +19,7 @@ any two of them (QEMU orders its two metadata caches to the same end, table by t
     COUNTS      the refcount table's entries, or the header's pointer to the new one; refcounts; tables that are new.
                 With the flush after this, all data is on disk that L2 entries of this moment lead to
     REFERENCES  changes of L2 tables and of the L1 table that the file has already
-    POINTERS    the header: snapshot table, L1 table, sizes
+    POINTERS    the header's fields for what is on disk by then, such as the disk's size
 
 When the last of them is flushed, what was released before the commit began can be used again: its refcounts sink, in
 memory; the next commit writes them. So refcounts in memory may be written at any moment, L2 and L1 tables may not.
@@ -117,15 +117,14 @@ class Counts(Protocol):
 
 
 class Release(NamedTuple):
-    """References that are gone: of each cluster, how many. `punch`: the file system may have the space back."""
+    """Clusters of each of which one reference is gone. `punch`: the file system may have the space back."""
 
-    clusters: NDArray[np.uint64] | range
-    counts: NDArray[np.int64] | None  # None: one of each
+    clusters: range
     punch: bool
 
     def arrays(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        clusters = np.asarray(self.clusters, dtype=np.uint64)
-        return clusters, np.ones(len(clusters), dtype=np.int64) if self.counts is None else self.counts
+        """The clusters, and what is to be added to the refcount of each."""
+        return np.asarray(self.clusters, dtype=np.uint64), np.full(len(self.clusters), -1, dtype=np.int64)
 
 
 class WriteOrder:
@@ -170,16 +169,10 @@ class WriteOrder:
         """Have the next commit write this as well."""
         self._queued.append((stage, TableWrite(offset, data, section)))
 
-    def release(
-        self,
-        clusters: range | NDArray[np.uint64],
-        counts: NDArray[np.int64] | None = None,
-        *,
-        punch: bool = False,
-    ) -> None:
-        """References to these clusters are gone from tables in memory. They are free when the file has that."""
+    def release(self, clusters: range, *, punch: bool = False) -> None:
+        """One reference to each of these clusters is gone from tables in memory; it counts until the file has that."""
         if len(clusters):
-            self._released.append(Release(clusters, counts, punch))
+            self._released.append(Release(clusters, punch))
 
     def commit(self) -> None:
         """Bring all that has changed to the disk. When this returns, all data written before it is there, too."""
@@ -272,13 +265,13 @@ class WriteOrder:
         ready = [release for generation, batch in self._waiting if generation < oldest for release in batch]
         self._waiting = [each for each in self._waiting if each[0] >= oldest]
         for release in ready:
-            clusters, counts = release.arrays()
+            clusters, addends = release.arrays()
             if release.punch:
                 with self.lock:
-                    last = self._counts.last_references(clusters, -counts)
+                    last = self._counts.last_references(clusters, addends)
                 self._punch(last)
             with self.lock:
-                self._counts.add_many(clusters, -counts)
+                self._counts.add_many(clusters, addends)
 
     def _punch(self, clusters: NDArray[np.uint64]) -> None:
         """Give the space of clusters that are free now, but not yet to be found so, back to the file system."""
