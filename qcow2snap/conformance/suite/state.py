@@ -75,7 +75,6 @@ class State:
         self._clusters: dict[int, list[_Piece]] = {}
         self._refused: str | None = None
         self._may_refuse: str | None = None
-        self._has_map = True
 
     # -- what is stored -----------------------------------------------------------------------------------------------
 
@@ -220,19 +219,13 @@ class State:
         self._may_refuse = reason
         return self
 
-    def without_map(self) -> Self:
-        """Nothing is said of its extents: the specification leaves open what they are."""
-        self._has_map = False
-        return self
-
     def expected(self, ref: Ref | None, optional: str | None) -> Disk:
         """What a reader has to find here. `optional`: why it may refuse the whole image."""
         reason = self._refused or self.image.refused
         if reason is not None:
             return Disk(ref, self.size, None, None, reason=reason)
         may_refuse = self._may_refuse or self.image.optional or optional
-        extents = merged(self._map()) if self._has_map else None
-        return Disk(ref, self.size, self._content(), extents, may_refuse)
+        return Disk(ref, self.size, self._content(), merged(self._map()), may_refuse)
 
     def _content(self) -> Content:
         backing = self.image.backing

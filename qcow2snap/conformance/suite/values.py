@@ -91,7 +91,7 @@ class Ref(NamedTuple):
 class Disk:
     """The active disk or a snapshot of a case, and what is right to say of it.
 
-    content      None: it has to be refused
+    content      None, as is the map: it has to be refused
     may_refuse   why refusing it is no fault either; None: it is one
     reason       why it has to be refused
     """
@@ -133,18 +133,12 @@ class SparseFile:
     def put(self, offset: int, data: bytes) -> None:
         self._pieces.append((offset, data))
         self.size = max(self.size, offset + len(data))
+        self.__dict__.pop("content", None)
 
     def truncate(self, size: int) -> None:
         self._pieces = [(offset, data[: size - offset]) for offset, data in self._pieces if offset < size]
         self.size = size
-
-    def read(self, offset: int, length: int) -> bytes:
-        view = bytearray(length)
-        for start, data in self._pieces:
-            first, last = max(start, offset), min(start + len(data), offset + length)
-            if first < last:
-                view[first - offset : last - offset] = data[first - start : last - start]
-        return bytes(view)
+        self.__dict__.pop("content", None)
 
     @cached_property
     def content(self) -> Content:
