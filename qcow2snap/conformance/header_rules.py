@@ -210,8 +210,15 @@ def judge_encryption(subject: Subject) -> None:
     if pointer.offset % header.cluster_size:
         what = f"the encryption header is at {pointer.offset:#x}, not a cluster boundary"
         findings.add(Finding(rules.CRYPT_HEADER_ALIGNED, where, what, stops=True))
-    region = Region(pointer.offset, pointer.length, "the encryption header")
-    subject.takes(region, rules.CRYPT_HEADER_IN_FILE)
+    if pointer.length < 1 << 63:
+        region = Region(pointer.offset, pointer.length, "the encryption header")
+        subject.takes(region, rules.CRYPT_HEADER_IN_FILE)
+    else:  # QEMU takes the length for a negative one, and passes over it
+        what = f"the encryption header has {pointer.length} bytes, more than a file can have"
+        findings.add(Finding(rules.CRYPT_HEADER_IN_FILE, where + 8, what, times=0))
+    if pointer.length < luks.PartitionHeader.sizeof():
+        what = f"{pointer.length} bytes of encryption header are too few for a LUKS partition header"
+        findings.add(Finding(rules.CRYPT_HEADER_LUKS, where + 8, what, stops=True))
     start = subject.file.pread_available(pointer.offset, len(luks.MAGIC))
     if start != luks.MAGIC:
         what = f"there is no LUKS partition header at {pointer.offset:#x}"

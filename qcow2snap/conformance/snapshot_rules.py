@@ -34,11 +34,12 @@ def read_snapshots(subject: Subject) -> SnapshotEntries:
     """Read the table as QEMU does, for which what is past the end of the file is zeros; and judge its form."""
     header, findings = subject.header, subject.findings
     offset, count = header.snapshots_offset, header.nb_snapshots
-    if not count:
-        return SnapshotEntries((), 0)
-    if offset % header.cluster_size or offset >= 1 << 62:
+    # Without snapshots too, and in signed 64 bits: QEMU asks for it before it looks whether there is a table.
+    if offset % header.cluster_size or offset + count * layout.SNAPSHOT_HEADER_LENGTH >= 1 << 63:
         what = f"the snapshot table is at {offset:#x}, not a cluster boundary"
         findings.add(Finding(rules.HEADER_SNAPSHOTS, 64, what, stops=True))
+    if not count:
+        return SnapshotEntries((), 0)
     if count > layout.MAX_SNAPSHOTS:
         what = f"the snapshot table has {count} entries, more than {layout.MAX_SNAPSHOTS}"
         findings.add(Finding(rules.HEADER_SNAPSHOTS, 60, what, stops=True))

@@ -78,10 +78,10 @@ def test_qemu_sees_all_kinds_of_faults_in_it_and_none_in_what_is_sound(
             path.unlink()
 
     with ThreadPoolExecutor(2) as pool:
-        some = [each for each in specimens if not each.faults] + specimens[::5]
+        some = [each for each in specimens if not each.faults] + specimens[::10]
         states = dict(zip(some, pool.map(state, some), strict=True))
     seen = Counter(states.values())
-    assert min(seen[name] for name in ("clean", "leaks", "corruptions", "refused")) >= 20, seen
+    assert min(seen[name] for name in ("clean", "leaks", "corruptions", "stops")) >= 10, seen
     assert {each.name for each, word in states.items() if not each.faults and word != "clean"} <= {"dirty"}
 
 
