@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # Commands that the tests and benchmarks run, each with the Debian package that has it.
-TEST_TOOLS := qemu-img:qemu-utils qemu-system-x86_64:qemu-system-x86 nbdcopy:libnbd-bin nbdsh:python3-libnbd \
-	nbdkit:nbdkit nbd-client:nbd-client debugfs:e2fsprogs fio:fio certtool:gnutls-bin strace:strace
+TEST_TOOLS := qemu-img:qemu-utils qemu-system-x86_64:qemu-system-x86 qemu-storage-daemon:qemu-system-common \
+	nbdcopy:libnbd-bin nbdsh:python3-libnbd nbdkit:nbdkit nbd-client:nbd-client debugfs:e2fsprogs fio:fio certtool:gnutls-bin strace:strace
 BENCH_TOOLS := qemu-img:qemu-utils nbdcopy:libnbd-bin nbdkit:nbdkit fio:fio openssl:openssl
 
 PYTEST := $(BIN)/pytest -n 2

@@ -56,7 +56,6 @@ class BlockBackend(BlockNode, ChangeTracking):
         """Have another node of the same size. Only while drained."""
         self._node = node
         self.nb_backing = node.nb_backing
-        self.must_confirm = node.must_confirm
 
     def drain(self, deadline: float) -> bool:
         """Let no new request in, and wait for those under way. False: they are not done by then (time.monotonic())."""
@@ -76,7 +75,10 @@ class BlockBackend(BlockNode, ChangeTracking):
 
     def preadv_unconfirmed(self, offset: int, buffers: Sequence[Buffer]) -> None:
         with self._request:
-            self._node.preadv_unconfirmed(offset, buffers)
+            if self.must_confirm:
+                self._node.preadv_unconfirmed(offset, buffers)
+            else:  # the user was told so, and will not confirm
+                self._node.preadv(offset, buffers)
 
     def confirm(self) -> None:
         with self._request:

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from qcow2snap.block import named_nodes
+from qcow2snap.block.backend import BlockBackend
 from qcow2snap.block.blockdev import read_options
 from qcow2snap.block.drivers import all_drivers
 from qcow2snap.block.named_nodes import Graph
-from qcow2snap.block.node import InvalidOption, NotSupported, OutOfRange
+from qcow2snap.block.node import InvalidOption, NotSupported, OutOfRange, SnapshotGone
+from qcow2snap.block.null import NullNode
 
 
 @pytest.fixture
@@ -81,6 +83,26 @@ def test_a_change_that_requests_hold_up_for_too_long_is_given_up(
     add(graph, "copy-before-write", "cbw", file="disk", target="temp")
     assert root.node.pread(0, 512) == b"x" * 512
     graph.release(root)
+
+
+class UnsureNode(NullNode):
+    """What it reads may only be used once it was confirmed, and it never is."""
+
+    must_confirm = True
+
+    def preadv(self, offset: int, buffers: Any) -> None:
+        raise SnapshotGone("it was deleted")
+
+    def preadv_unconfirmed(self, offset: int, buffers: Any) -> None:
+        super().preadv(offset, buffers)
+
+
+def test_who_need_not_confirm_does_not_have_to_when_the_node_becomes_another() -> None:
+    backend = BlockBackend(NullNode(4096), read_only=True)
+    backend.preadv_unconfirmed(0, [bytearray(512)])
+    backend.set_node(UnsureNode(4096))
+    with pytest.raises(SnapshotGone):
+        backend.preadv_unconfirmed(0, [bytearray(512)])
 
 
 def test_what_was_opened_for_a_node_that_fails_is_closed(graph: Graph, tmp_path: Path) -> None:
