@@ -1,4 +1,4 @@
-"""What must be on disk before what, when an image is written. All metadata reaches the file through here.
+"""What must be on disk before what, when an image is written. What a guest changes of the tables goes this way.
 
 A crash leaves the file with all that was written before the last flush that ended, and with any part of what was
 written since, in whatever order; one sector is old or new as a whole. It must then be a sound image that lacks nothing
