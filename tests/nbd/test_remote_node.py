@@ -203,6 +203,7 @@ def test_a_disk_that_comes_back_with_another_size_is_refused(nbdkit: Start, path
 
 
 def test_a_server_that_says_nothing_is_given_up(nbdkit: Start, path: Path) -> None:
+    threads = threading.active_count()  # some of other tests may be about to end
     server = nbdkit("file", str(path))
     node = RemoteNode(server.uri, timeout=0.3)
     server.process.send_signal(signal.SIGSTOP)
@@ -214,4 +215,4 @@ def test_a_server_that_says_nothing_is_given_up(nbdkit: Start, path: Path) -> No
     server.process.send_signal(signal.SIGCONT)
     assert node.pread(0, 1) == path.read_bytes()[:1]
     node.close()
-    assert threading.active_count() < 10
+    assert threading.active_count() <= threads
