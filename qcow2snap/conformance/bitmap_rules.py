@@ -71,6 +71,8 @@ def _judge_extension(subject: Subject, extension: Extension, fields: Container) 
 
 def _judge_directory(subject: Subject, region: Region, nb_bitmaps: int, size: int) -> None:
     data = subject.file.pread_available(region.offset, region.length)
+    if subject.file_size - region.offset >= region.length:
+        data = data.ljust(region.length, b"\0")  # the last sector need not be there whole
     names: set[bytes] = set()
     position = 0
     for index in range(nb_bitmaps):

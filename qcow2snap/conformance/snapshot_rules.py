@@ -43,7 +43,7 @@ def read_snapshots(subject: Subject) -> SnapshotEntries:
     if count > layout.MAX_SNAPSHOTS:
         what = f"the snapshot table has {count} entries, more than {layout.MAX_SNAPSHOTS}"
         findings.add(Finding(rules.HEADER_SNAPSHOTS, 60, what, stops=True))
-    window, length = TableWindow(subject.file), max(0, subject.file_size - offset)
+    window, length = TableWindow(subject.file), max(0, subject.file.current_size() - offset)
     entries: list[TableEntry] = []
     position = end = 0
     nb_lost = 0
