@@ -14,6 +14,8 @@ from fixtures.corpus import Specimen
 from formats import qcow2 as layout
 from tests.conformance.crashes import CRASHES, Crash
 from tests.conformance.verdict import by_qemu
+from tests.conftest import NewImage
+from tests.support import qemu_img, read_table
 
 DECLARED = {
     "header": layout.Header,
@@ -90,3 +92,12 @@ def test_a_killed_writer_leaves_an_image_that_opens(crash: Crash, tmp_path: Path
     states = [by_qemu(path).state for path in crash.images(tmp_path)]
     assert len(states) >= crash.writes // 2
     assert set(states) <= {"clean", "leaks", "corruptions"}
+
+
+def test_qemus_repair_of_a_sound_image_with_a_bitmap_loses_its_snapshots(new_image: NewImage) -> None:
+    """What docs/checking.md warns of. Once this fails, QEMU is mended, and the warning can name its version."""
+    image = new_image("1M").write(0, 65536).snapshot("monday")
+    qemu_img("bitmap", "--add", image.path, "dirty")
+    assert by_qemu(image.path).state == "clean"
+    qemu_img("check", "-q", "-r", "leaks", image.path, check=False)
+    assert read_table(image.path) == []
