@@ -10,8 +10,8 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qcow2snap.block.blockdev.keyval import nested
 from qcow2snap.block.file import FileNode, Locking
-from qcow2snap.block.keyval import nested
 from qcow2snap.block.node import BlockNode, ImageFormatError, Qcow2SnapError, ReferenceRefused, UnsupportedFeature
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.driver import CLUSTER_CACHE_SIZE, TABLE_CACHE_SIZE, Qcow2Node

@@ -10,7 +10,7 @@ from qcow2snap.block.file import FileNode
 from qcow2snap.block.graph import OpenOptions, open_image, open_raw
 from qcow2snap.block.node import FileError, ImageInUse
 from qcow2snap.block.output import OutputFile
-from qcow2snap.block.qcow2.create_options import CreateOptions, InvalidOption, made
+from qcow2snap.block.qcow2.creating.create_options import CreateOptions, InvalidOption, made
 from qcow2snap.block.writable_file import WritableFileNode
 
 
@@ -25,7 +25,7 @@ def create_image(
     unsafe_backing  do not look at the backing file
     Raises InvalidOption, FileError, ImageInUse, and what opening the backing file raises. Nothing is left then.
     """
-    from qcow2snap.block.qcow2.create import create  # and with it numpy
+    from qcow2snap.block.qcow2.creating.create import create  # and with it numpy
 
     backing = options.get("backing_file")
     if backing is not None and not unsafe_backing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from qcow2snap.block.new_image import create_image
-from qcow2snap.block.qcow2.create_options import InvalidOption, split_options
+from qcow2snap.block.qcow2.creating.create_options import InvalidOption, split_options
 from qcow2snap.cli import options
 from qcow2snap.cli.terminable import terminable
 

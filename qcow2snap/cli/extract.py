@@ -126,7 +126,7 @@ def _to_qcow2(
     bar: ProgressBar,
 ) -> None:
     from qcow2snap.block.new_image import data_output, image_output
-    from qcow2snap.block.qcow2.create_options import InvalidOption, made, split_options
+    from qcow2snap.block.qcow2.creating.create_options import InvalidOption, made, split_options
     from qcow2snap.forensics.copy_qcow2 import Target, copy_qcow2
 
     if out == "-" or is_stream(out):

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from qcow2snap.block.keyval import parse_keyval
+from qcow2snap.block.blockdev.keyval import parse_keyval
+from qcow2snap.block.blockdev.qapi import Boolean, String, Struct, Union, optional
 from qcow2snap.block.node import FileError, InvalidOption
-from qcow2snap.block.qapi import Boolean, String, Struct, Union, optional
 from qcow2snap.daemon.loop import Loop
 from qcow2snap.daemon.qmp import Execute, QMPSession
 from qcow2snap.nbd.listen import Listener, listen_tcp, listen_unix

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qcow2snap.block.blockdev import BLOCKDEV_OPTIONS
-from qcow2snap.block.qapi import Boolean, Enum, ListOf, String, Struct, Union, optional
+from qcow2snap.block.blockdev.options import BLOCKDEV_OPTIONS
+from qcow2snap.block.blockdev.qapi import Boolean, Enum, ListOf, String, Struct, Union, optional
 from qcow2snap.daemon import internal_snapshots, queries
 from qcow2snap.daemon.exports import EXPORT_OPTIONS, SERVER_ADD_OPTIONS
 from qcow2snap.daemon.nbd_server import SERVER_START_OPTIONS

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from qcow2snap.block.drivers import all_drivers
+from qcow2snap.block.blockdev.drivers import all_drivers
+from qcow2snap.block.blockdev.named_nodes import Graph
 from qcow2snap.block.graph import OpenOptions
-from qcow2snap.block.named_nodes import Graph
 from qcow2snap.block.node import InvalidOption, Qcow2SnapError
 from qcow2snap.daemon.chardev import Chardev, make_chardev
 from qcow2snap.daemon.commands import execute

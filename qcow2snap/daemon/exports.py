@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from qcow2snap.block.edges import NamedNode, Root
-from qcow2snap.block.named_nodes import Graph
+from qcow2snap.block.blockdev.edges import NamedNode, Root
+from qcow2snap.block.blockdev.named_nodes import Graph
+from qcow2snap.block.blockdev.qapi import Alternate, Boolean, ListOf, String, Struct, Type, Union, optional
 from qcow2snap.block.node import (
     BitmapNotFound,
     ChangeTracking,
@@ -18,7 +19,6 @@ from qcow2snap.block.node import (
     Qcow2SnapError,
     SnapshotAccess,
 )
-from qcow2snap.block.qapi import Alternate, Boolean, ListOf, String, Struct, Type, Union, optional
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
 from qcow2snap.nbd.export import Export, LiveExports
 from qcow2snap.nbd.names import SnapshotNames

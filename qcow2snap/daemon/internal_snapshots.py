@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qcow2snap.block.edges import NamedNode
-from qcow2snap.block.named_nodes import Graph
+from qcow2snap.block.blockdev.edges import NamedNode
+from qcow2snap.block.blockdev.named_nodes import Graph
+from qcow2snap.block.blockdev.qapi import Boolean, String, Struct, optional
 from qcow2snap.block.node import InvalidOption, NotSupported, ReadOnly, SnapshotInfo, SnapshotNotFound
-from qcow2snap.block.qapi import Boolean, String, Struct, optional
 from qcow2snap.block.qcow2.driver import Qcow2Node
 from qcow2snap.forensics.listing import snapshot_json
 

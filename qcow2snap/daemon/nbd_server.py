@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qcow2snap.block.blockdev import SOCKET_ADDRESS, UINT32
+from qcow2snap.block.blockdev.options import SOCKET_ADDRESS, UINT32
+from qcow2snap.block.blockdev.qapi import Integer, String, Struct, Type, Union, optional
 from qcow2snap.block.node import FileError, InvalidOption, NBDError, UnsupportedFeature
-from qcow2snap.block.qapi import Integer, String, Struct, Type, Union, optional
 from qcow2snap.daemon.objects import Objects
 from qcow2snap.nbd.export import Exports
 from qcow2snap.nbd.listen import Listener, listen_tcp, listen_unix, listen_vsock

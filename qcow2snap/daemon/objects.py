@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qcow2snap.block.blockdev.qapi import Boolean, Enum, Integer, String, Struct, Union, optional
 from qcow2snap.block.node import FileError, InvalidOption, UnsupportedFeature
-from qcow2snap.block.qapi import Boolean, Enum, Integer, String, Struct, Union, optional
 from qcow2snap.nbd.uri import TLSParameters
 
 if TYPE_CHECKING:

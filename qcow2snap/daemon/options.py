@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 from getopt import GetoptError, gnu_getopt
 from typing import NamedTuple
 
-from qcow2snap.block.blockdev import BLOCKDEV_OPTIONS, parse_argument
+from qcow2snap.block.blockdev.options import BLOCKDEV_OPTIONS, parse_argument
+from qcow2snap.block.blockdev.qapi import Boolean, Enum, String, Struct, optional
 from qcow2snap.block.node import InvalidOption, Qcow2SnapError, UnsupportedFeature
-from qcow2snap.block.qapi import Boolean, Enum, String, Struct, optional
 from qcow2snap.daemon.chardev import parse_chardev
 from qcow2snap.daemon.daemon import Daemon
 from qcow2snap.daemon.exports import EXPORT_OPTIONS

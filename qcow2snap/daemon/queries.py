@@ -5,12 +5,12 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from qcow2snap.block.edges import NamedNode
+from qcow2snap.block.blockdev.edges import NamedNode
+from qcow2snap.block.blockdev.named_nodes import Graph
+from qcow2snap.block.blockdev.permissions import Perm
 from qcow2snap.block.file import FileNode
 from qcow2snap.block.graph import files_of
-from qcow2snap.block.named_nodes import Graph
 from qcow2snap.block.node import BlockNode, Qcow2SnapError, SnapshotAccess, UnsupportedFeature
-from qcow2snap.block.permissions import Perm
 from qcow2snap.block.qcow2.driver import Qcow2Node
 from qcow2snap.daemon.exports import BlockExports
 from qcow2snap.forensics.describe import describe

@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from qcow2snap.block.drivers import Driver
+from qcow2snap.block.blockdev.drivers import Driver
 from qcow2snap.block.node import BlockNode, InvalidOption, NBDError, ReadOnly, UnsupportedFeature
 from qcow2snap.daemon.objects import Objects
 from qcow2snap.nbd.remote_node import RemoteNode
 from qcow2snap.nbd.uri import URI
 
 if TYPE_CHECKING:
-    from qcow2snap.block.edges import NamedNode
-    from qcow2snap.block.named_nodes import Graph
+    from qcow2snap.block.blockdev.edges import NamedNode
+    from qcow2snap.block.blockdev.named_nodes import Graph
 
 RETRY_DELAY = 0.2  # seconds between two tries to connect within open-timeout
 

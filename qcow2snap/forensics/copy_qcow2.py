@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from qcow2snap.block.node import BlockNode
-from qcow2snap.block.qcow2.compress import compressor
-from qcow2snap.block.qcow2.create import preallocate
-from qcow2snap.block.qcow2.create_options import CreateOptions, Preallocation
-from qcow2snap.block.qcow2.sequential import SequentialWriter
+from qcow2snap.block.qcow2.creating.compress import compressor
+from qcow2snap.block.qcow2.creating.create import preallocate
+from qcow2snap.block.qcow2.creating.create_options import CreateOptions, Preallocation
+from qcow2snap.block.qcow2.creating.sequential import SequentialWriter
 from qcow2snap.forensics.copy import BATCH_SIZE, WRITE_SIZE, Progress, extents_of, read_into
 from qcow2snap.forensics.salvage import Hole
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from qcow2snap.block import named_nodes
-from qcow2snap.block.backend import BlockBackend
-from qcow2snap.block.blockdev import read_options
-from qcow2snap.block.drivers import all_drivers
-from qcow2snap.block.named_nodes import Graph
+from qcow2snap.block.blockdev import named_nodes
+from qcow2snap.block.blockdev.backend import BlockBackend
+from qcow2snap.block.blockdev.drivers import all_drivers
+from qcow2snap.block.blockdev.named_nodes import Graph
+from qcow2snap.block.blockdev.options import read_options
 from qcow2snap.block.node import InvalidOption, NotSupported, OutOfRange, SnapshotGone
 from qcow2snap.block.null import NullNode
 

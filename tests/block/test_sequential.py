@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcow2snap.block.qcow2.create_options import made
-from qcow2snap.block.qcow2.sequential import SequentialWriter
+from qcow2snap.block.qcow2.creating.create_options import made
+from qcow2snap.block.qcow2.creating.sequential import SequentialWriter
 from tests.support import qemu_img
 
 KINDS = ["skip", "data", "preallocated", "compressed"]

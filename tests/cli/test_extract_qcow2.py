@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from qcow2snap.block.graph import open_image
-from qcow2snap.block.qcow2.create_options import made
+from qcow2snap.block.qcow2.creating.create_options import made
 from qcow2snap.forensics.copy_qcow2 import Target, copy_qcow2
 from tests.cli.support import complaint, contents, finish, here, start
 from tests.conftest import NewImage

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcow2snap.block.blockdev import read_options
-from qcow2snap.block.keyval import parse_keyval
+from qcow2snap.block.blockdev.keyval import parse_keyval
+from qcow2snap.block.blockdev.options import read_options
 from qcow2snap.block.node import Qcow2SnapError
 from tests.daemon.conftest import StartDaemon
 from tests.daemon.storage_daemon import OURS, PROGRAMS, program

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from qcow2snap.block.qcow2.create_options import CreateOptions, Preallocation
-from qcow2snap.block.qcow2.sequential import SequentialWriter
+from qcow2snap.block.qcow2.creating.create_options import CreateOptions, Preallocation
+from qcow2snap.block.qcow2.creating.sequential import SequentialWriter
 
 _ZEROS = memoryview(bytes(1 << 20))
 

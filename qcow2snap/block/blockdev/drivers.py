@@ -12,7 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qcow2snap.block import permissions
+from qcow2snap.block.blockdev import permissions
+from qcow2snap.block.blockdev.permissions import Use
 from qcow2snap.block.copy_before_write import CopyBeforeWriteNode, OnCbwError
 from qcow2snap.block.file import FileNode, Locking
 from qcow2snap.block.graph import OpenOptions, open_image_in, open_writable_in
@@ -27,14 +28,13 @@ from qcow2snap.block.node import (
     UnsupportedFeature,
 )
 from qcow2snap.block.null import NullNode
-from qcow2snap.block.permissions import Use
 from qcow2snap.block.raw import RawNode
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
 from qcow2snap.block.writable_file import WritableFileNode
 
 if TYPE_CHECKING:
-    from qcow2snap.block.edges import NamedNode
-    from qcow2snap.block.named_nodes import Graph
+    from qcow2snap.block.blockdev.edges import NamedNode
+    from qcow2snap.block.blockdev.named_nodes import Graph
 
 # What a child whose options stand in its parent's takes over from it (QEMU bdrv_inherited_options).
 _INHERITED = ("read-only", "force-share", "cache")

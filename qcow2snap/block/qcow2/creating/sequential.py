@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from formats import qcow2 as layout
 from formats.qcow2 import L1TableEntry, StandardL2Entry, compressed_l2_entry
-from qcow2snap.block.qcow2.create_options import CreateOptions, InvalidOption
-from qcow2snap.block.qcow2.new_header import Tables, first_cluster
+from qcow2snap.block.qcow2.creating.create_options import CreateOptions, InvalidOption
+from qcow2snap.block.qcow2.creating.new_header import Tables, first_cluster
 from qcow2snap.block.qcow2.refcount_bits import packed
 
 _L1_COPIED = L1TableEntry.mask("copied")

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qcow2snap.block.before_write import BeforeWriteNode
+from qcow2snap.block.blockdev.permissions import Perm, Use, combined
 from qcow2snap.block.copy_before_write import CopyBeforeWriteNode
 from qcow2snap.block.file import FileNode
 from qcow2snap.block.image_lock import ImageLock, Permission
 from qcow2snap.block.node import BlockNode
-from qcow2snap.block.permissions import Perm, Use, combined
 
 if TYPE_CHECKING:
-    from qcow2snap.block.drivers import Driver
+    from qcow2snap.block.blockdev.drivers import Driver
 
 CBW = "copy-before-write"
 

@@ -17,7 +17,7 @@ from formats.qcow2 import (
     HeaderExtensionType,
     IncompatibleFeature,
 )
-from qcow2snap.block.qcow2.create_options import CreateOptions, InvalidOption
+from qcow2snap.block.qcow2.creating.create_options import CreateOptions, InvalidOption
 
 HEADER_LENGTH = 112  # bytes that QEMU writes since 5.1, the padding after compression_type included
 _LEAST_WITH_NAMES = 8192  # bytes of a cluster: in smaller ones the name table would take too much room

@@ -13,8 +13,9 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from itertools import permutations
 from typing import TYPE_CHECKING, Any
 
-from qcow2snap.block.backend import BlockBackend
-from qcow2snap.block.edges import CBW, Edge, NamedNode, Root
+from qcow2snap.block.blockdev.backend import BlockBackend
+from qcow2snap.block.blockdev.edges import CBW, Edge, NamedNode, Root
+from qcow2snap.block.blockdev.permissions import ALL, Perm, Use, names
 from qcow2snap.block.node import (
     BlockNode,
     InvalidOption,
@@ -25,10 +26,9 @@ from qcow2snap.block.node import (
     Qcow2SnapError,
     ReadOnly,
 )
-from qcow2snap.block.permissions import ALL, Perm, Use, names
 
 if TYPE_CHECKING:
-    from qcow2snap.block.drivers import Driver
+    from qcow2snap.block.blockdev.drivers import Driver
 
 logger = logging.getLogger(__name__)
 

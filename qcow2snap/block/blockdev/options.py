@@ -9,9 +9,21 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from qcow2snap.block.keyval import parse_keyval
+from qcow2snap.block.blockdev.keyval import parse_keyval
+from qcow2snap.block.blockdev.qapi import (
+    Alternate,
+    Boolean,
+    Enum,
+    Integer,
+    Later,
+    Size,
+    String,
+    Struct,
+    Type,
+    Union,
+    optional,
+)
 from qcow2snap.block.node import InvalidOption
-from qcow2snap.block.qapi import Alternate, Boolean, Enum, Integer, Later, Size, String, Struct, Type, Union, optional
 
 UINT32 = (1 << 32) - 1
 

@@ -1,0 +1,1 @@
+"""New qcow2 images, written once from their first byte to their last. Changing one that is there is `writing`."""
