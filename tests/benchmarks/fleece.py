@@ -1,4 +1,4 @@
-"""Writing a disk through copy-before-write: `qcow2snap fleece` against qemu-storage-daemon with the same graph.
+"""Writing a disk through copy-before-write: `fleece` and `daemon` against qemu-storage-daemon with the same graph.
 
 Each run has a server of its own, on a fresh copy of the disk, so that what is written has to be copied first. Ahead of
 all runs ours is written, and then has to give back the disk as it was. (Of QEMU 7.2 that cannot be asked.)
@@ -33,32 +33,34 @@ class Load(NamedTuple):
 _RANDOM = ["--rw=randwrite", "--bs=4k"]
 _SEQUENTIAL = ["--rw=write", "--bs=256k", "--iodepth=4"]
 LOADS = [
-    Load("fleece, random 4 KiB writes, depth 1", [*_RANDOM, "--iodepth=1"], 32 << 20, 1.0),
-    Load("fleece, random 4 KiB writes, depth 32", [*_RANDOM, "--iodepth=32"], 32 << 20, 1.0),
-    Load("fleece, sequential writes", _SEQUENTIAL, 1 << 30, 1.0),
-    Load("fleece, snapshot read while writing", [*_RANDOM, "--iodepth=4", "--rate_iops=2000"], 1 << 40, 1.2, True),
+    Load("random 4 KiB writes, depth 1", [*_RANDOM, "--iodepth=1"], 32 << 20, 1.0),
+    Load("random 4 KiB writes, depth 32", [*_RANDOM, "--iodepth=32"], 32 << 20, 1.0),
+    Load("sequential writes", _SEQUENTIAL, 1 << 30, 1.0),
+    Load("snapshot read while writing", [*_RANDOM, "--iodepth=4", "--rate_iops=2000"], 1 << 40, 1.2, True),
 ]
 
 
 def rows(quick: bool) -> Iterator[pairs.Row]:
-    for load in LOADS:
-        yield pairs.Row(load.what, partial(_compare, load, quick))
+    for name, ours in (("fleece", _fleece), ("daemon", _daemon)):
+        for load in LOADS:
+            what = f"{name}, {load.what}"
+            yield pairs.Row(what, partial(_compare, what, load, ours, quick))
 
 
-def _compare(load: Load, quick: bool) -> pairs.Comparison:
+def _compare(what: str, load: Load, ours: Graph, quick: bool) -> pairs.Comparison:
     size = 256 << 20 if quick else 2 << 30
     before = images.raw(images.fragmented(size))
     with TemporaryDirectory(dir=images.CACHE) as name:
         folder = Path(name)
         measure = partial(_measure, load, before, folder)
-        _check(_ours, before, folder)
+        _check(ours, before, folder)
         peer = max(
             PEERS if not quick else PEERS[:1],
             key=lambda setting: _unit(load).ratio(measure(setting).figure, 1.0) if not quick else 0.0,
         )
         return pairs.compare(
-            load.what,
-            partial(measure, _ours),
+            what,
+            partial(measure, ours),
             partial(measure, peer),
             peer(folder).name,
             pairs=3 if quick else 5,
@@ -75,12 +77,22 @@ def _unit(load: Load) -> pairs.Unit:
 Graph = Callable[[Path], servers.Setting]
 
 
-def _ours(folder: Path) -> servers.Setting:
+def _fleece(folder: Path) -> servers.Setting:
     words = [pairs.QCOW2SNAP, "fleece", folder / "disk.raw", "--target", folder / "temp.raw", "--force", "-k"]
     return servers.Setting("fleece", lambda path: [*words, path])
 
 
+def _daemon(folder: Path) -> servers.Setting:
+    return servers.Setting("daemon", _storage_daemon([pairs.QCOW2SNAP, "daemon"], "threads", folder))
+
+
 def _qemu(aio: str, folder: Path) -> servers.Setting:
+    return servers.Setting(f"qemu-storage-daemon, {aio}", _storage_daemon(["qemu-storage-daemon"], aio, folder))
+
+
+def _storage_daemon(program: pairs.Command, aio: str, folder: Path) -> Callable[[Path], pairs.Command]:
+    """The command line for a socket's path; ours and QEMU's differ in the program only."""
+
     def command(path: Path) -> pairs.Command:
         nodes = [
             {"driver": "file", "node-name": "disk", "filename": str(folder / "disk.raw"), "aio": aio},
@@ -88,7 +100,7 @@ def _qemu(aio: str, folder: Path) -> servers.Setting:
             {"driver": "copy-before-write", "node-name": "guest", "file": "disk", "target": "temp"},
             {"driver": "snapshot-access", "node-name": "backup", "file": "guest"},
         ]
-        words = ["qemu-storage-daemon", "--nbd-server", f"addr.type=unix,addr.path={path},max-connections=8"]
+        words = [*program, "--nbd-server", f"addr.type=unix,addr.path={path},max-connections=8"]
         for node in nodes:
             words += ["--blockdev", json.dumps(node)]
         for export in ("guest,writable=on", "backup"):
@@ -96,7 +108,7 @@ def _qemu(aio: str, folder: Path) -> servers.Setting:
             words += ["--export", f"type=nbd,id={name},node-name={name},name={export}"]
         return words
 
-    return servers.Setting(f"qemu-storage-daemon, {aio}", command)
+    return command
 
 
 PEERS: list[Graph] = [partial(_qemu, "threads"), partial(_qemu, "io_uring")]
