@@ -62,16 +62,16 @@ def _compare(load: Load, quick: bool) -> pairs.Comparison:
         image = Path(name) / "disk.qcow2"
         measure = partial(_measure, load, before, image, quick)
         peers = servers.qemu_nbd_writable(image)
+        reader = servers.qemu_nbd_in_use(image, images.SNAPSHOT) if load.read else None
         peer = peers[0]
         if not quick:
-            peer = max(peers, key=lambda setting: _unit(load).ratio(measure(setting, None).figure, 1.0))
+            peer = max(peers, key=lambda setting: _unit(load).ratio(measure(setting, reader).figure, 1.0))
 
         def ours() -> pairs.Run:
             run = measure(servers.writable(image), None)
             pairs.run(["qemu-img", "check", "-q", image])
             return run
 
-        reader = servers.qemu_nbd_in_use(image, images.SNAPSHOT) if load.read else None
         return pairs.compare(
             load.what,
             ours,
