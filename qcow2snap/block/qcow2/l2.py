@@ -28,7 +28,6 @@ _OFFSET = np.uint64(StandardL2Entry.mask("offset"))
 _COMPRESSED = np.uint64(StandardL2Entry.mask("compressed"))
 _COPIED = np.uint64(StandardL2Entry.mask("copied"))
 _SUBCLUSTERS_ALLOCATED = np.uint64(SubclusterBitmap.mask("allocated"))
-_SUBCLUSTERS_ZERO = np.uint64(SubclusterBitmap.mask("zero"))
 _SUBCLUSTER_BITS = np.arange(SUBCLUSTERS_PER_CLUSTER, dtype=np.uint64)
 
 # Clusters of an extended table that are cut into subclusters at a time: bounds the memory of decoding to some MiB.
@@ -101,9 +100,6 @@ class L2Table:
             yield Run(start, min(stop, end), kind, host)
             start = stop
             index += 1
-
-    def is_unallocated(self) -> bool:
-        return len(self._starts) == 1 and self._kinds[0] == Kind.UNALLOCATED
 
 
 class L2Tables:

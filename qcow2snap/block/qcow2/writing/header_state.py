@@ -17,8 +17,6 @@ from qcow2snap.block.qcow2.writing.image_file import ImageFile
 logger = logging.getLogger(__name__)
 
 SIZE_OFFSET = 24  # 8 bytes
-L1_POINTER_OFFSET = 36  # l1_size, 4 bytes, and l1_table_offset, 8
-SNAPSHOTS_POINTER_OFFSET = 60  # nb_snapshots, 4 bytes, and snapshots_offset, 8
 _INCOMPATIBLE_OFFSET = 72
 _AUTOCLEAR_OFFSET = 88
 _KNOWN_AUTOCLEAR = int(AutoclearFeature.BITMAPS | AutoclearFeature.RAW_EXTERNAL_DATA)

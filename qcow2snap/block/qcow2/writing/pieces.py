@@ -142,7 +142,7 @@ class Cutter:
         start = base + slot * self._cluster_size
         if not self._format.has_subclusters:
             return start
-        kept, touched = self._kept_and_touched(entries, slot, start, offset, end, allocate)
+        kept, touched = self._allocated(entries, slot), self._touched(offset - start, end - start)
         first = _lowest(touched)
         if offset > start + first * self._subcluster_size and kept >> first & 1 and not allocate:
             return offset  # the rest of that subcluster is there
@@ -154,7 +154,7 @@ class Cutter:
         start = base + slot * self._cluster_size
         if not self._format.has_subclusters:
             return start + self._cluster_size
-        kept, touched = self._kept_and_touched(entries, slot, start, offset, end, allocate)
+        kept, touched = self._allocated(entries, slot), self._touched(offset - start, end - start)
         last = touched.bit_length()
         if end < start + last * self._subcluster_size and kept >> last - 1 & 1 and not allocate:
             return end
@@ -162,14 +162,8 @@ class Cutter:
             last = max(last, kept.bit_length())
         return max(end, start + last * self._subcluster_size)
 
-    def _kept_and_touched(
-        self, entries: array[int] | None, slot: int, start: int, offset: int, end: int, allocate: bool
-    ) -> tuple[int, int]:
-        """The subclusters that have data already, which must stay, and those that are written."""
-        touched = self._touched(offset - start, end - start)
-        return self._allocated(entries, slot), touched
-
     def _allocated(self, entries: array[int] | None, slot: int) -> int:
+        """The subclusters of a cluster that have data already, which must stay."""
         if entries is None:
             return 0
         if entries[2 * slot] & COMPRESSED:

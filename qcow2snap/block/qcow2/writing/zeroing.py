@@ -34,7 +34,7 @@ class Zeroing:
         with writer.changing(offset, length):
             end = offset + length
             start, stop = self._aligned(offset, end)
-            if not self._has_zeros(start, stop, may_unmap):
+            if not self._has_zeros(may_unmap):
                 start = stop = end
             if no_fallback:
                 for first, last in ((offset, min(start, end)), (stop, end)):
@@ -77,7 +77,7 @@ class Zeroing:
         (extent,) = self._writer.view.block_status(offset, 1, want_zero=False)
         return bool(extent.status & Status.COMPRESSED)
 
-    def _has_zeros(self, start: int, stop: int, may_unmap: bool) -> bool:
+    def _has_zeros(self, may_unmap: bool) -> bool:
         """Whether entries can say that a range is zeros. In version 2, only by being empty, above no backing file."""
         return self._version >= 3 or (may_unmap and not self._has_backing)
 
