@@ -172,6 +172,25 @@ def test_a_write_that_would_overwrite_metadata_is_refused_and_the_image_marked(n
     assert qemu_info(path)["format-specific"]["data"]["corrupt"] is True
 
 
+@pytest.mark.parametrize("layout", [{}, {"extended_l2": True}], ids=["standard", "subclusters"])
+@pytest.mark.parametrize("change", ["zeroes", "discard"])
+def test_an_entry_that_cannot_be_right_is_named_by_its_place(
+    new_image: NewImage, change: str, layout: dict[str, bool]
+) -> None:
+    image = new_image("1M", **layout).write(0, 1 << 20)
+    path = image.path
+    where = _l2_entry(path) + 3 * (16 if layout else 8)
+    image.patch(where, struct.pack(">Q", 1 << 63 | 0x50200))
+    with writing(path) as node:
+        do = {
+            "zeroes": lambda: node.pwrite_zeroes(0, 1 << 20),
+            "discard": lambda: node.pdiscard(0, 1 << 20),
+        }[change]
+        with pytest.raises(ImageFormatError, match=f"none that the disk can have.*{where:#x}"):
+            do()
+    assert qemu_info(path)["format-specific"]["data"]["corrupt"] is True
+
+
 def test_an_allocation_over_metadata_is_refused_and_the_image_marked(new_image: NewImage) -> None:
     """A refcount block that forgot the L2 table."""
     image = new_image("1M").write(0, 65536)

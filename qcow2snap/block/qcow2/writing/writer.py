@@ -178,7 +178,7 @@ class Writer:
                 break
             self.in_flight.wait(*clusters)
         if table is not None:
-            self._check_entries(table, piece)
+            self.check_entries(table, piece.slot, piece.slot + piece.nb_clusters)
         if not piece.in_place:
             tables.writable(index)
         if not piece.allocate:
@@ -279,10 +279,13 @@ class Writer:
             cluster = (entry & OFFSET) >> self.bits
             self.metadata.order.release(range(cluster, cluster + 1), punch=punch)
 
-    def _check_entries(self, table: ActiveL2, piece: Piece) -> None:
-        """Refuse entries that cannot be right, and say so in the image (as QEMU does for those it would change)."""
+    def check_entries(self, table: ActiveL2, first: int, last: int) -> None:
+        """Locked. Refuse entries `first` to `last`, the latter not included, if one of them cannot be right.
+
+        The image is marked then, as QEMU does for those it would change.
+        """
         words = self.format.words
-        for slot in range(piece.slot, piece.slot + piece.nb_clusters):
+        for slot in range(first, last):
             entry = table.entries[slot * words]
             if entry and self.format.kind(entry) is Kind.INVALID:
                 where = table.host_offset + 8 * words * slot

@@ -138,7 +138,10 @@ class Zeroing:
         table = tables.table(index)
         old = table.entries if table is not None else array("Q", bytes(writer.coverage // size * words * 8))
         changed: list[tuple[int, array[int], int]] = []
-        for slot in range((start - base) // size, (end - 1 - base) // size + 1):
+        first, last = (start - base) // size, (end - 1 - base) // size + 1
+        if table is not None:
+            writer.check_entries(table, first, last)
+        for slot in range(first, last):
             cluster = base + slot * size
             entry = old[slot * words]
             is_whole = start <= cluster and (end >= cluster + size or end == writer.view.size)
@@ -162,8 +165,6 @@ class Zeroing:
     def _cluster(self, entry: int, punch: bool) -> tuple[array[int], bool]:
         """The new entry of a whole cluster, and whether what it had is given up."""
         kind = self._writer.format.kind(entry)
-        if kind is Kind.INVALID:
-            raise self._writer.header.corrupt(0, f"the L2 entry {entry:#x} is none that the disk can have")
         if kind is Kind.UNALLOCATED:
             return array("Q", [ZERO if self._has_backing and self._version >= 3 else 0]), False
         if kind is Kind.ZERO_PLAIN or (kind is Kind.ZERO_ALLOC and not punch):
@@ -177,8 +178,6 @@ class Zeroing:
     ) -> tuple[array[int], bool]:
         """The same, with subclusters; `start` and `end` are counted from the cluster's start."""
         kind = self._writer.format.kind(entry)
-        if kind is Kind.INVALID:
-            raise self._writer.header.corrupt(0, f"the L2 entry {entry:#x} is none that the disk can have")
         if kind is Kind.UNALLOCATED and not self._has_backing:
             return array("Q", [entry, bitmap]), False
         if is_whole:
