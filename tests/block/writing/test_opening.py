@@ -173,7 +173,7 @@ def test_a_write_that_would_overwrite_metadata_is_refused_and_the_image_marked(n
 
 
 @pytest.mark.parametrize("layout", [{}, {"extended_l2": True}], ids=["standard", "subclusters"])
-@pytest.mark.parametrize("change", ["zeroes", "discard"])
+@pytest.mark.parametrize("change", ["write", "zeroes", "discard"])
 def test_an_entry_that_cannot_be_right_is_named_by_its_place(
     new_image: NewImage, change: str, layout: dict[str, bool]
 ) -> None:
@@ -183,6 +183,7 @@ def test_an_entry_that_cannot_be_right_is_named_by_its_place(
     image.patch(where, struct.pack(">Q", 1 << 63 | 0x50200))
     with writing(path) as node:
         do = {
+            "write": lambda: node.pwritev(3 << 16, [memoryview(b"x" * 512)]),
             "zeroes": lambda: node.pwrite_zeroes(0, 1 << 20),
             "discard": lambda: node.pdiscard(0, 1 << 20),
         }[change]

@@ -55,7 +55,9 @@ class Cutter:
         self._subcluster_size = subcluster_size
         self._words = entry_format.words
         # What an entry must have, and what not, to be written where it is.
-        self._placed = COPIED | COMPRESSED | ZERO | OFFSET & entry_format.cluster_size - 1
+        self._placed = COPIED | COMPRESSED | OFFSET & entry_format.cluster_size - 1
+        if not entry_format.has_subclusters:  # where there are, the bitmap says what is zero
+            self._placed |= ZERO
         self._coverage = entry_format.cluster_size // (8 * entry_format.words) * entry_format.cluster_size
 
     def in_place(self, entries: array[int], offset: int, end: int) -> int:
@@ -80,7 +82,7 @@ class Cutter:
         cluster_size = self._cluster_size
         first = offset // cluster_size
         expected = entries[2 * first]
-        if expected & (COPIED | COMPRESSED) != COPIED:
+        if expected & self._placed != COPIED:
             return -1
         for slot in range(first, (end - 1) // cluster_size + 1):
             entry, bitmap = entries[2 * slot : 2 * slot + 2]
