@@ -35,6 +35,7 @@ EMPTY = [
     ("16k", "extended_l2=on,cluster_size=16k"),
     ("1M", "data_file=disk.data"),
     ("1M", "backing_file=nothing,,at all,backing_fmt=raw"),
+    ("1M", "backing_file=caf\udce9,backing_fmt=raw"),
     ("1M", f"cluster_size=512,backing_file={'n' * 340},backing_fmt=raw"),
 ]
 
@@ -102,6 +103,12 @@ def test_an_image_is_described_and_checked_as_qemus(
     assert answers[1] == answers[0]
     if "data_file" in options:
         assert (ours.parent / "disk.data").stat().st_size == (theirs.parent / "disk.data").stat().st_size
+
+
+def test_a_backing_format_need_not_be_text(run: Run, tmp_path: Path) -> None:
+    image = tmp_path / "disk.qcow2"
+    assert run("create", "-q", "-u", "-b", "base", "-F", "r\udce9w", image, "1M").returncode == 0
+    assert b"r\xe9w\0" in image.read_bytes()
 
 
 def test_qemu_writes_what_we_made(run: Run, tmp_path: Path) -> None:

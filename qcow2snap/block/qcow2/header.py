@@ -113,6 +113,11 @@ def as_text(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
+def as_bytes(text: str) -> bytes:
+    """A name as it stands in the file: what as_text made a str of."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 def read_header(file: FileNode) -> ImageHeader:
     """Read and judge the header of an image. Raises ImageFormatError, UnsupportedFeature, FileError.
 

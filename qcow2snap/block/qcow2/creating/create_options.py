@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from formats import qcow2 as layout
 from formats.qcow2 import CompressionType
 from qcow2snap.block.node import Qcow2SnapError
+from qcow2snap.block.qcow2.header import as_bytes
 from qcow2snap.block.sizes import parse_size
 
 
@@ -151,7 +152,7 @@ def _judge(options: CreateOptions) -> None:
         raise InvalidOption("an external data file needs compat=1.1")
     if is_old and options.compression_type != CompressionType.DEFLATE:
         raise InvalidOption("compression_type=zstd needs compat=1.1")
-    if options.backing_file is not None and not 0 < len(_encoded(options.backing_file)) <= layout.MAX_BACKING_FILE_SIZE:
+    if options.backing_file is not None and not 0 < len(as_bytes(options.backing_file)) <= layout.MAX_BACKING_FILE_SIZE:
         raise InvalidOption("the name of the backing file is empty, or longer than 1023 bytes")
     if options.l1_size * 8 > layout.MAX_L1_TABLE_SIZE:
         most = layout.MAX_L1_TABLE_SIZE // 8 * options.l2_entries * options.cluster_size
@@ -163,10 +164,6 @@ def _judge(options: CreateOptions) -> None:
 
 def _is_power_of_2(number: int) -> bool:
     return number > 0 and number & number - 1 == 0
-
-
-def _encoded(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")
 
 
 def _switch(text: str) -> bool:

@@ -18,6 +18,7 @@ from formats.qcow2 import (
     IncompatibleFeature,
 )
 from qcow2snap.block.qcow2.creating.create_options import CreateOptions, InvalidOption
+from qcow2snap.block.qcow2.header import as_bytes
 
 HEADER_LENGTH = 112  # bytes that QEMU writes since 5.1, the padding after compression_type included
 _LEAST_WITH_NAMES = 8192  # bytes of a cluster: in smaller ones the name table would take too much room
@@ -54,7 +55,7 @@ def first_cluster(options: CreateOptions, tables: Tables) -> bytes:
         incompatible |= IncompatibleFeature.EXTENDED_L2_ENTRIES
     extensions = b"".join(_extensions(options))
     header_length = layout.HEADER_LENGTH_V2 if options.version < 3 else HEADER_LENGTH
-    name = b"" if options.backing_file is None else options.backing_file.encode("utf-8", "surrogateescape")
+    name = b"" if options.backing_file is None else as_bytes(options.backing_file)
     header: bytes = layout.Header.build(
         {
             "version": options.version,
@@ -91,10 +92,9 @@ def _extensions(options: CreateOptions) -> list[bytes]:
     kinds = HeaderExtensionType
     extensions = []
     if options.backing_fmt is not None:
-        extensions.append(_extension(kinds.BACKING_FILE_FORMAT, options.backing_fmt.encode()))
+        extensions.append(_extension(kinds.BACKING_FILE_FORMAT, as_bytes(options.backing_fmt)))
     if options.data_file is not None:
-        name = options.data_file.encode("utf-8", "surrogateescape")
-        extensions.append(_extension(kinds.EXTERNAL_DATA_FILE, name))
+        extensions.append(_extension(kinds.EXTERNAL_DATA_FILE, as_bytes(options.data_file)))
     if options.version >= 3 and options.cluster_size >= _LEAST_WITH_NAMES:
         entries = [
             {"type": kind, "bit": bit.bit_length() - 1, "name": name.ljust(46, b"\0")}

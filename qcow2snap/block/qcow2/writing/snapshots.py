@@ -17,7 +17,7 @@ from formats import qcow2 as layout
 from formats.qcow2 import AutoclearFeature
 from qcow2snap.block.node import NotSupported, Qcow2SnapError, SnapshotInfo, SnapshotNotFound
 from qcow2snap.block.qcow2.epoch import identity, judge_l1
-from qcow2snap.block.qcow2.header import ImageHeader
+from qcow2snap.block.qcow2.header import ImageHeader, as_bytes
 from qcow2snap.block.qcow2.l1 import read_l1
 from qcow2snap.block.qcow2.snapshot_entry import MAX_NAME_SIZE, new_entry, next_id, renamed
 from qcow2snap.block.qcow2.snapshot_table import SnapshotTable, TableEntry, parse_table
@@ -273,7 +273,7 @@ class Snapshots:
 
     def _judged_name(self, name: str, besides: TableEntry | None = None) -> bytes:
         self._refuse_data_file()
-        raw = name.encode("utf-8", "surrogateescape")
+        raw = as_bytes(name)
         if not raw or b"\0" in raw:
             raise NotSupported("the name of a snapshot cannot be empty, nor have NUL bytes in it")
         if len(raw) > MAX_NAME_SIZE:
