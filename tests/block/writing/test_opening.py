@@ -103,6 +103,18 @@ def test_a_dirty_image_gets_its_refcounts_back(new_image: NewImage, layout: dict
     assert is_sound(path)
 
 
+def test_a_dirty_image_whose_snapshot_lost_its_l1_table_is_refused(new_image: NewImage) -> None:
+    image = new_image("1M", lazy_refcounts=True).write(0, 65536).snapshot("s")
+    path = image.path
+    end = -(-path.stat().st_size // 65536) * 65536
+    image.patch(table.field(path, 64), struct.pack(">Q", end))  # the snapshot's l1_table_offset
+    image.patch(INCOMPATIBLE, struct.pack(">Q", DIRTY))
+    with path.open("rb+") as file:
+        file.truncate(end + 3)
+    with pytest.raises(ImageFormatError, match=f"{path.name}: the L1 table at {end:#x} reaches beyond the end"):
+        open_writable(str(path))
+
+
 def test_a_dirty_image_is_not_repaired_by_a_reader(new_image: NewImage) -> None:
     path = new_image("1M", lazy_refcounts=True).path
     qemu_io(path, "write 0 65536", "flush", "abort", check=False)

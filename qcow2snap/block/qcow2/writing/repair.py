@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 
 from formats import qcow2 as layout
 from formats.qcow2 import BitmapTableEntry, HeaderExtensionType
+from qcow2snap.block.node import ImageFormatError
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.bitmaps import read_bitmap_directory
+from qcow2snap.block.qcow2.l1 import read_l1
 from qcow2snap.block.qcow2.snapshot_table import SnapshotTable
 from qcow2snap.block.qcow2.writing.active_tables import from_big_endian
 from qcow2snap.block.qcow2.writing.image_file import ImageFile
@@ -118,7 +120,11 @@ def _references(metadata: Metadata, snapshots: SnapshotTable) -> Iterator[tuple[
 
 
 def _l1_of(file: ImageFile, offset: int, size: int) -> list[int]:
-    return list(from_big_endian(file.pread_available(offset, 8 * size)))
+    try:
+        return list(from_big_endian(read_l1(file, offset, size).data))
+    except ImageFormatError as error:
+        error.filename = file.filename
+        raise
 
 
 def _stretches(metadata: Metadata, snapshots: SnapshotTable) -> Iterator[tuple[int, int]]:
