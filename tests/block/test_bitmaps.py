@@ -166,6 +166,14 @@ def test_a_damaged_table_is_told_by_its_rule(image: Image, where: str, value: by
     assert "'b'" in str(error)
 
 
+def test_a_table_that_the_end_of_the_file_cuts_is_told_by_its_rule(image: Image) -> None:
+    end = -(-image.path.stat().st_size // 65536) * 65536
+    patch(image.path, place(image).host_offset, end.to_bytes(8, "big"))
+    with image.path.open("rb+") as file:
+        file.truncate(end + 3)
+    assert "has a table that reaches beyond the end of the file (QCOW2-BMP-002" in str(refusal(image))
+
+
 def test_a_cluster_of_bits_that_is_no_cluster_is_told_by_its_rule(new_image: NewImage) -> None:
     made = new_image("8M")
     qemu_img("bitmap", "--add", "-g", "64k", made.path, "b")

@@ -7,7 +7,6 @@ its contents are refused.
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from qcow2snap.block.file import FileNode
 from qcow2snap.block.node import BitmapNotFound, ImageFormatError, UnsupportedFeature
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.header import ImageHeader, as_text
+from qcow2snap.block.qcow2.words import words
 
 _KNOWN_FLAGS = int(BitmapFlag.IN_USE | BitmapFlag.AUTO | BitmapFlag.EXTRA_DATA_COMPATIBLE)
 _OFFSET = BitmapTableEntry.mask("offset")
@@ -137,12 +137,10 @@ class DirtyBitmap:
             raise self._broken(
                 rules.BITMAP_TABLE, where, f"has its table at {info.table_offset:#x}, no cluster boundary"
             )
-        table = array("Q", file.pread_available(info.table_offset, 8 * needed)[: 8 * needed])
-        if len(table) < needed:
+        data = file.pread_available(info.table_offset, 8 * needed)
+        if len(data) < 8 * needed:
             raise self._broken(rules.BITMAP_TABLE, where, "has a table that reaches beyond the end of the file")
-        if sys.byteorder == "little":
-            table.byteswap()
-        return table
+        return words(data)
 
     def dirty(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """Offset and length of each dirty run in a range of the disk, in order, none touching the next."""

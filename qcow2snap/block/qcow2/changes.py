@@ -17,7 +17,8 @@ from qcow2snap.block.file import FileNode
 from qcow2snap.block.lru import BoundedCache
 from qcow2snap.block.node import BlockNode, Change, ChangedExtent, FileError, OutOfRange, coalesced
 from qcow2snap.block.qcow2.header import ImageHeader
-from qcow2snap.block.qcow2.l2_changes import Cell, Run, TableChanges, compare, words
+from qcow2snap.block.qcow2.l2_changes import Cell, Run, TableChanges, compare
+from qcow2snap.block.qcow2.words import words
 
 _L1_OFFSET = L1TableEntry.mask("offset")
 _BLOCK = 512  # L1 entries that are first compared as bytes

@@ -7,7 +7,6 @@ looked at one by one.
 
 from __future__ import annotations
 
-import sys
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 from formats.qcow2 import SUBCLUSTERS_PER_CLUSTER, StandardL2Entry, SubclusterBitmap
 from qcow2snap.block.qcow2.header import ImageHeader
+from qcow2snap.block.qcow2.words import words
 
 _ZERO = StandardL2Entry.mask("zero")
 _OFFSET = StandardL2Entry.mask("offset")
@@ -78,14 +78,6 @@ def compare(since: bytes, state: bytes, header: ImageHeader) -> TableChanges:
         return TableChanges(array("I"), array("I"), b"", unit)
     old, new = words(since), words(state)
     return _joined(_extended(old, new, header) if header.has_extended_l2 else _standard(old, new, header), unit)
-
-
-def words(data: bytes) -> array[int]:
-    """The big-endian 64-bit entries of a table as integers."""
-    values = array("Q", data)
-    if sys.byteorder == "little":
-        values.byteswap()
-    return values
 
 
 _Differences = Iterable[tuple[int, int, int]]  # first unit, the one after the last, and both cells in one number

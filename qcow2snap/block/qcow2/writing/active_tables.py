@@ -5,7 +5,6 @@ Entries are the machine's integers in arrays; a table that a snapshot shares is 
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections import OrderedDict
 from functools import partial
@@ -16,6 +15,7 @@ from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.header import ImageHeader, judge_active_l1
 from qcow2snap.block.qcow2.l1 import read_l1
 from qcow2snap.block.qcow2.l2 import L2Table, decode
+from qcow2snap.block.qcow2.words import big_endian, words
 from qcow2snap.block.qcow2.writing.entries import COPIED, L1_OFFSET
 from qcow2snap.block.qcow2.writing.image_file import ImageFile
 from qcow2snap.block.qcow2.writing.order import Batch, Stage, WriteOrder
@@ -79,7 +79,7 @@ class ActiveTables:
         self._cluster_size = header.cluster_size
         self._max_tables = max(2, cache_size >> header.cluster_bits)
         self.l1_offset = header.l1_table_offset
-        self.l1 = from_big_endian(read_l1(file, header.l1_table_offset, header.l1_size).data)
+        self.l1 = words(read_l1(file, header.l1_table_offset, header.l1_size).data)
         self._dirty_l1: set[int] = set()  # sectors
         self._tables: OrderedDict[int, ActiveL2] = OrderedDict()
         self._dirty: dict[int, ActiveL2] = {}
@@ -148,7 +148,7 @@ class ActiveTables:
         self._sections.remove(self.l1_offset, 8 * len(self.l1))
         self._header = header
         self.l1_offset = header.l1_table_offset
-        self.l1 = from_big_endian(read_l1(self._file, header.l1_table_offset, header.l1_size).data)
+        self.l1 = words(read_l1(self._file, header.l1_table_offset, header.l1_size).data)
         self._tables.clear()
         self._dirty.clear()
         self._dirty_l1.clear()
@@ -174,7 +174,7 @@ class ActiveTables:
         if len(data) < self._cluster_size:
             what = f"the L2 table at {offset:#x} reaches beyond the end of the file"
             raise self._located(rules.L2_COMPLETE.broken(offset, what))
-        return from_big_endian(data)
+        return words(data)
 
     def _located(self, error: ImageFormatError) -> ImageFormatError:
         error.filename = self._file.filename
@@ -226,17 +226,3 @@ class ActiveTables:
         table.dirty_end = max(table.dirty_end, end)
         if self._tables.get(table.index) is table:
             self._dirty[table.index] = table
-
-
-def from_big_endian(data: bytes) -> array[int]:
-    values = array("Q", data)
-    if sys.byteorder == "little":
-        values.byteswap()
-    return values
-
-
-def big_endian(values: array[int]) -> bytes:
-    values = values[:]
-    if sys.byteorder == "little":
-        values.byteswap()
-    return values.tobytes()

@@ -7,7 +7,6 @@ only through WriteOrder.release.
 from __future__ import annotations
 
 import logging
-import sys
 from array import array
 from functools import partial
 from itertools import pairwise
@@ -20,6 +19,7 @@ from formats.qcow2 import RefcountTableEntry
 from qcow2snap.block.node import NoSpace, NotSupported
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.header import ImageHeader
+from qcow2snap.block.qcow2.words import big_endian, words
 from qcow2snap.block.qcow2.writing.image_file import ImageFile
 from qcow2snap.block.qcow2.writing.order import Batch, Stage, WriteOrder
 from qcow2snap.block.qcow2.writing.overlap import Section, Sections
@@ -78,9 +78,7 @@ class Refcounts:
         data = self._file.pread_available(offset, size)
         if len(data) < size:
             raise rules.REFCOUNT_TABLE_COMPLETE.broken(offset, "the refcount table reaches beyond the end of the file")
-        table = array("Q", data)
-        if sys.byteorder == "little":
-            table.byteswap()
+        table = words(data)
         entries = np.frombuffer(table, dtype=np.uint64)
         wrong = np.flatnonzero(entries & np.uint64(header.cluster_size - 1 | _RESERVED))
         if len(wrong):
@@ -337,10 +335,10 @@ class Refcounts:
         if moved:
             pointer = self.table_offset.to_bytes(8, "big")
             pointer += (8 * len(self.table) >> self._cluster_bits).to_bytes(4, "big")
-            batch.add(Stage.UNSEEN, self.table_offset, _big_endian(self.table), Section.REFCOUNT_TABLE, undo)
+            batch.add(Stage.UNSEEN, self.table_offset, big_endian(self.table), Section.REFCOUNT_TABLE, undo)
             batch.add(Stage.COUNTS, _TABLE_POINTER, pointer, Section.MAIN_HEADER)
         else:
-            data = _big_endian(self.table[start:end])
+            data = big_endian(self.table[start:end])
             batch.add(Stage.COUNTS, self.table_offset + 8 * start, data, Section.REFCOUNT_TABLE, undo)
         self._table_moved, self._table_dirty = False, (len(self.table), 0)
 
@@ -352,10 +350,3 @@ class Refcounts:
     def _undo_table(self, moved: bool, start: int, end: int) -> None:
         self._table_moved |= moved
         self._table_dirty = min(self._table_dirty[0], start), max(self._table_dirty[1], end)
-
-
-def _big_endian(values: array[int]) -> bytes:
-    values = values[:]
-    if sys.byteorder == "little":
-        values.byteswap()
-    return values.tobytes()

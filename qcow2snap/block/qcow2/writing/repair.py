@@ -19,7 +19,7 @@ from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.bitmaps import read_bitmap_directory
 from qcow2snap.block.qcow2.l1 import read_l1
 from qcow2snap.block.qcow2.snapshot_table import SnapshotTable
-from qcow2snap.block.qcow2.writing.active_tables import from_big_endian
+from qcow2snap.block.qcow2.words import words
 from qcow2snap.block.qcow2.writing.image_file import ImageFile
 from qcow2snap.block.qcow2.writing.metadata import Metadata
 from qcow2snap.block.qcow2.writing.tree import tree_references
@@ -121,7 +121,7 @@ def _references(metadata: Metadata, snapshots: SnapshotTable) -> Iterator[tuple[
 
 def _l1_of(file: ImageFile, offset: int, size: int) -> list[int]:
     try:
-        return list(from_big_endian(read_l1(file, offset, size).data))
+        return list(words(read_l1(file, offset, size).data))
     except ImageFormatError as error:
         error.filename = file.filename
         raise
@@ -149,7 +149,7 @@ def _stretches(metadata: Metadata, snapshots: SnapshotTable) -> Iterator[tuple[i
         for info in read_bitmap_directory(file, header):
             yield info.table_offset, 8 * info.table_size
             mask = BitmapTableEntry.mask("offset")
-            for word in from_big_endian(file.pread_available(info.table_offset, 8 * info.table_size)):
+            for word in words(file.pread_available(info.table_offset, 8 * info.table_size)):
                 if word & mask:
                     yield word & mask, header.cluster_size
 

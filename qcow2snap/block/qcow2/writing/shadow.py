@@ -21,7 +21,7 @@ from qcow2snap.block.node import NoSpace, NotSupported, Qcow2SnapError
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.header import ImageHeader
 from qcow2snap.block.qcow2.refcount_bits import packed
-from qcow2snap.block.qcow2.writing.active_tables import big_endian
+from qcow2snap.block.qcow2.words import big_endian
 from qcow2snap.block.qcow2.writing.header_state import SIZE_OFFSET
 from qcow2snap.block.qcow2.writing.metadata import Metadata
 

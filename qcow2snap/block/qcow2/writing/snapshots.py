@@ -21,7 +21,7 @@ from qcow2snap.block.qcow2.header import ImageHeader, as_bytes
 from qcow2snap.block.qcow2.l1 import read_l1
 from qcow2snap.block.qcow2.snapshot_entry import MAX_NAME_SIZE, new_entry, next_id, renamed
 from qcow2snap.block.qcow2.snapshot_table import SnapshotTable, TableEntry, parse_table
-from qcow2snap.block.qcow2.writing.active_tables import big_endian, from_big_endian
+from qcow2snap.block.qcow2.words import big_endian, words
 from qcow2snap.block.qcow2.writing.entries import COMPRESSED, COPIED, L1_OFFSET, OFFSET
 from qcow2snap.block.qcow2.writing.header_state import SIZE_OFFSET
 from qcow2snap.block.qcow2.writing.metadata import Metadata
@@ -188,15 +188,15 @@ class Snapshots:
             offset = entry & L1_OFFSET
             if not offset:
                 continue
-            words = read_l2(metadata.file, header, offset)
-            entries = words[:: header.l2_entry_size // 8]
+            table = read_l2(metadata.file, header, offset)
+            entries = table[:: header.l2_entry_size // 8]
             standard = (entries & np.uint64(COMPRESSED) == 0) & (entries & np.uint64(OFFSET) != 0)
             refcounts = np.zeros(len(entries), dtype=np.int64)
             refcounts[standard] = shadow.refcounts_of((entries[standard] & np.uint64(OFFSET)) >> np.uint64(bits))
-            flagged = with_copied_flags(words, refcounts.astype(np.uint64), header)
+            flagged = with_copied_flags(table, refcounts.astype(np.uint64), header)
             own = np.array([offset >> bits], dtype=np.uint64)
             refcount = int(shadow.refcounts_of(own)[0])
-            if (flagged != words).any():
+            if (flagged != table).any():
                 offset = shadow.write(flagged.astype(">u8").tobytes())
                 if users > 1:
                     shadow.add(np.array([offset >> bits], dtype=np.uint64), np.array([users - 1]))
@@ -269,7 +269,7 @@ class Snapshots:
 
     def _l1_of(self, entry: TableEntry) -> array[int]:
         judge_l1(entry, self._metadata.header)
-        return from_big_endian(read_l1(self._metadata.file, entry.l1_table_offset, entry.l1_size).data)
+        return words(read_l1(self._metadata.file, entry.l1_table_offset, entry.l1_size).data)
 
     def _judged_name(self, name: str, besides: TableEntry | None = None) -> bytes:
         self._refuse_data_file()
