@@ -12,6 +12,7 @@ import pytest
 
 from qcow2snap.block.graph import open_image, open_writable
 from qcow2snap.block.node import ImageFormatError, ImageInUse, OutOfRange, UnsupportedFeature
+from qcow2snap.block.qcow2.bitmaps import read_bitmap_directory
 from qcow2snap.block.qcow2.writing.node import WritableQcow2Node
 from tests.conftest import NewImage
 from tests.support import qemu_img, qemu_info, qemu_io, table
@@ -112,6 +113,21 @@ def test_a_dirty_image_whose_snapshot_lost_its_l1_table_is_refused(new_image: Ne
     with path.open("rb+") as file:
         file.truncate(end + 3)
     with pytest.raises(ImageFormatError, match=f"{path.name}: the L1 table at {end:#x} reaches beyond the end"):
+        open_writable(str(path))
+
+
+def test_a_dirty_image_whose_bitmap_lost_its_table_is_refused(new_image: NewImage) -> None:
+    image = new_image("1M", lazy_refcounts=True)
+    path = image.path
+    qemu_img("bitmap", "--add", path, "b")
+    end = -(-path.stat().st_size // 65536) * 65536
+    with writing(path) as node:
+        (info,) = read_bitmap_directory(node.file, node.header)
+    image.patch(info.host_offset, struct.pack(">Q", end))
+    image.patch(INCOMPATIBLE, struct.pack(">Q", DIRTY))
+    with path.open("rb+") as file:
+        file.truncate(end + 3)
+    with pytest.raises(ImageFormatError, match=f"{path.name}: dirty bitmap 'b' has a table that reaches beyond"):
         open_writable(str(path))
 
 

@@ -148,8 +148,14 @@ def _stretches(metadata: Metadata, snapshots: SnapshotTable) -> Iterator[tuple[i
         yield directory.bitmap_directory_offset, directory.bitmap_directory_size
         for info in read_bitmap_directory(file, header):
             yield info.table_offset, 8 * info.table_size
+            table = file.pread_available(info.table_offset, 8 * info.table_size)
+            if len(table) < 8 * info.table_size:
+                what = f"dirty bitmap {info.name!a} has a table that reaches beyond the end of the file"
+                error = rules.BITMAP_TABLE.broken(info.host_offset, what)
+                error.filename = file.filename
+                raise error
             mask = BitmapTableEntry.mask("offset")
-            for word in words(file.pread_available(info.table_offset, 8 * info.table_size)):
+            for word in words(table):
                 if word & mask:
                     yield word & mask, header.cluster_size
 
