@@ -15,7 +15,7 @@ from qcow2snap.block.file import FileNode, Locking
 from qcow2snap.block.node import BlockNode, ImageFormatError, Qcow2SnapError, ReferenceRefused, UnsupportedFeature
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.driver import CLUSTER_CACHE_SIZE, TABLE_CACHE_SIZE, Qcow2Node
-from qcow2snap.block.qcow2.header import as_text, read_header
+from qcow2snap.block.qcow2.header import ImageHeader, as_text, read_header
 from qcow2snap.block.raw import RawNode
 from qcow2snap.block.references import ReferencePolicy
 from qcow2snap.block.writable_file import WritableFileNode
@@ -171,11 +171,7 @@ class _Opener:
         """As qcow2(), of an image whose file is open, and stays so on failure. Those `borrowed` are never closed."""
         nodes: list[BlockNode] = []
         try:
-            self._enter(file)
-            try:
-                header = read_header(file)
-            except (ImageFormatError, UnsupportedFeature) as error:
-                raise _explained(error, file) from None
+            header = self._enter_qcow2(file)
             data_file = backing = None
             if self._with_children:
                 data_file = self._data_file(header.data_file, header.has_data_file, file, children or {})
@@ -212,11 +208,7 @@ class _Opener:
         borrowed = [node for node in children.values() if node is not None]
         nodes: list[BlockNode] = [file]
         try:
-            self._enter(file)
-            try:
-                header = read_header(file)
-            except (ImageFormatError, UnsupportedFeature) as error:
-                raise _explained(error, file) from None
+            header = self._enter_qcow2(file)
             data_file = None
             if header.has_data_file:
                 given = children.get("data-file")
@@ -244,9 +236,7 @@ class _Opener:
 
     def _data_file_path(self, reference: str | None, file: FileNode) -> str:
         """The file of the host that an image names as its data file."""
-        if not reference:
-            error = rules.DATA_FILE_NAME.broken(72, "the image needs an external data file and does not name it")
-            raise _explained(error, file)
+        reference = _named_data_file(reference, file)
         if reference.startswith("json:"):
             options = nested(_json_options(reference, file.filename))
             below = options.get("file", options) if options.get("driver") == "raw" else options
@@ -259,6 +249,14 @@ class _Opener:
         if self._options.force_share:
             return FileNode(filename, locking=Locking.NONE)
         return FileNode(filename, locking=Locking.DATA if self._with_children else Locking.METADATA)
+
+    def _enter_qcow2(self, file: FileNode) -> ImageHeader:
+        """Count an image among those of the chain; its header, or an error that says what the file is instead."""
+        self._enter(file)
+        try:
+            return read_header(file)
+        except (ImageFormatError, UnsupportedFeature) as error:
+            raise _explained(error, file) from None
 
     def _enter(self, file: FileNode) -> None:
         if file.identity in self._open:
@@ -281,9 +279,7 @@ class _Opener:
                 return node
             node.close()
             raise UnsupportedFeature(f"{file.filename}: its data file must be a plain file")
-        if not reference:
-            error = rules.DATA_FILE_NAME.broken(72, "the image needs an external data file and does not name it")
-            raise _explained(error, file)
+        reference = _named_data_file(reference, file)
         if reference.startswith("json:"):
             return self._data_file(None, True, file, {"data-file": _json_options(reference, file.filename)})
         return self._file(self._policy.resolve(reference, file.filename))
@@ -357,6 +353,14 @@ def _raw(file: FileNode, options: Mapping[str, Any]) -> RawNode:
     except (TypeError, ValueError):
         raise UnsupportedFeature(f"{file.filename}: offset and size of a raw node must be numbers of bytes") from None
     return RawNode(file, offset=offset, size=size)
+
+
+def _named_data_file(reference: str | None, file: FileNode) -> str:
+    """What an image calls the data file that it needs."""
+    if not reference:
+        error = rules.DATA_FILE_NAME.broken(72, "the image needs an external data file and does not name it")
+        raise _explained(error, file)
+    return reference
 
 
 def _json_options(reference: str, referrer: str) -> Options:
