@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import NewImage
+from tests.daemon.busy_guest import start_fio
 from tests.daemon.conftest import StartDaemon
 from tests.daemon.storage_daemon import OURS, PROGRAMS, Refused, StorageDaemon
 from tests.nbd.fleecing import SIZE, copy, libnbd
@@ -195,9 +195,7 @@ def test_a_backup_client_reads_while_fio_writes(
 ) -> None:
     before = disk.read_bytes()
     daemon = start_daemon(*fleecing_options(disk, temp))
-    job = ["--name=t", "--ioengine=nbd", f"--uri={daemon.uri('guest')}", "--size=8m", "--rw=randwrite", "--iodepth=16"]
-    job += ["--bsrange=512-64k", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--fsync=50", "--randseed=7"]
-    fio = subprocess.Popen([require("fio"), *job], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    fio = start_fio(daemon.uri("guest"), tmp_path)
     for _ in range(200):
         assert copy(daemon.uri("access"), tmp_path / "was.raw") == before
         if fio.poll() is not None:

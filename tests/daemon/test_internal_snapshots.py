@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from qcow2snap.block.node import NBDError
 from qcow2snap.nbd.client import Client
 from tests.conftest import NewImage
+from tests.daemon.busy_guest import assert_one_moment, start_fio, sweeping
 from tests.daemon.conftest import StartDaemon
 from tests.daemon.storage_daemon import StorageDaemon
 from tests.daemon.test_graphs import guest_io
@@ -79,9 +79,7 @@ def without_dates(answer: Any) -> Any:
 def test_snapshots_come_and_go_under_a_guest(start_daemon: StartDaemon, new_image: NewImage, tmp_path: Path) -> None:
     image = new_image("8M").write(0, 3_000_000)
     daemon = start_daemon(*image_node(image.path))
-    job = ["--name=t", "--ioengine=nbd", f"--uri={daemon.uri('guest')}", "--size=8m", "--rw=randwrite", "--iodepth=16"]
-    job += ["--bsrange=512-64k", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--fsync=50", "--randseed=7"]
-    fio = subprocess.Popen([require("fio"), *job], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    fio = start_fio(daemon.uri("guest"), tmp_path)
     held: dict[str, bytes] = {}
     for number in range(12):
         name = f"s{number}"
@@ -168,27 +166,13 @@ def test_snapshots_are_made_and_deleted_as_by_qemu(
 def test_a_snapshot_of_a_busy_disk_is_one_moment_of_it(
     start_daemon: StartDaemon, new_image: NewImage, tmp_path: Path
 ) -> None:
-    """The guest writes the first MiB in pieces, from end to end, each time with another byte."""
-    piece, pieces = 10_000, 100
     image = new_image("2M")
     daemon = start_daemon()
     add_image(daemon, image.path)
     daemon.qmp.export("image", "guest", writable=True)
-    stop = threading.Event()
-
-    def write(guest: Client) -> None:
-        generation = 0
-        while not stop.is_set():
-            generation += 1
-            for number in range(pieces):
-                guest.pwrite(number * piece, bytes([generation % 256]) * piece)
-
     with Client.connect(daemon.uri("guest")) as guest:
         guest.go("guest")
-        guest.pwrite(0, bytes(pieces * piece))
-        writer = threading.Thread(target=write, args=[guest])
-        writer.start()
-        try:
+        with sweeping(guest):
             for turn in range(6):
                 name = f"s{turn}"
                 daemon.qmp.execute("blockdev_snapshot_internal_sync", device="image", name=name)
@@ -196,15 +180,7 @@ def test_a_snapshot_of_a_busy_disk_is_one_moment_of_it(
                 daemon.qmp.export(name)
                 seen = [copy(daemon.uri(name), tmp_path / "was.raw") for _ in range(2)]
                 assert seen[0] == seen[1]
-                runs = [seen[0][start : start + piece] for start in range(0, pieces * piece, piece)]
-                assert all(run == run[:1] * piece for run in runs)
-                generations = [run[0] for run in runs]
-                changes = [n for n in range(1, pieces) if generations[n] != generations[n - 1]]
-                assert len(changes) <= 1
-                assert all((generations[n - 1] - generations[n]) % 256 == 1 for n in changes)
-        finally:
-            stop.set()
-            writer.join(30)
+                assert_one_moment(seen[0])
     assert daemon.stop() == 0
     qemu_img("check", image.path)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import threading
 from pathlib import Path
 
 import pytest
 
 from qcow2snap.nbd.client import Client
 from tests.block.test_image_lock import qemu_io_holding
+from tests.daemon.busy_guest import assert_one_moment, sweeping
 from tests.daemon.conftest import StartDaemon
 from tests.daemon.storage_daemon import OURS, Refused, StorageDaemon
 from tests.daemon.test_graphs import guest_io, read_snapshot
@@ -152,46 +152,23 @@ def test_a_second_fleecing_does_not_disturb_the_first(
 def test_each_fleecing_is_a_state_that_the_disk_had_while_a_guest_writes_without_a_pause(
     daemon: StorageDaemon, disk: Path, tmp_path: Path
 ) -> None:
-    """The guest writes the first MiB in pieces, from end to end, each time with another byte."""
-    piece, pieces = 10_000, 100
     qmp = daemon.qmp
-    stop = threading.Event()
-
-    def write(guest: Client) -> None:
-        generation = 0
-        while not stop.is_set():
-            generation += 1
-            for number in range(pieces):
-                guest.pwrite(number * piece, bytes([generation % 256]) * piece)
-
-    with with_guest(daemon, disk) as guest:
-        guest.pwrite(0, bytes(pieces * piece))
-        writer = threading.Thread(target=write, args=[guest])
-        writer.start()
-        try:
-            for turn in range(8):
-                temp, cbw, access = f"temp{turn}", f"cbw{turn}", f"access{turn}"
-                new_temp(daemon, temp)
-                qmp.add("copy-before-write", cbw, file="disk", target=temp)
-                move(daemon, cbw)
-                qmp.add("snapshot-access", access, file=cbw)
-                qmp.export(access)
-                seen = [read_snapshot(daemon.uri(access), tmp_path / "was.raw") for _ in range(2)]
-                assert seen[0] == seen[1]
-                runs = [seen[0][start : start + piece] for start in range(0, pieces * piece, piece)]
-                assert all(run == run[:1] * piece for run in runs)
-                generations = [run[0] for run in runs]
-                changes = [n for n in range(1, pieces) if generations[n] != generations[n - 1]]
-                assert len(changes) <= 1
-                assert all((generations[n - 1] - generations[n]) % 256 == 1 for n in changes)
-                qmp.execute("block_export_del", id=access, mode="hard")
-                qmp.execute("blockdev_del", node_name=access)
-                move(daemon, "disk")
-                qmp.execute("blockdev_del", node_name=cbw)
-                qmp.execute("blockdev_del", node_name=temp)
-        finally:
-            stop.set()
-            writer.join(30)
+    with with_guest(daemon, disk) as guest, sweeping(guest):
+        for turn in range(8):
+            temp, cbw, access = f"temp{turn}", f"cbw{turn}", f"access{turn}"
+            new_temp(daemon, temp)
+            qmp.add("copy-before-write", cbw, file="disk", target=temp)
+            move(daemon, cbw)
+            qmp.add("snapshot-access", access, file=cbw)
+            qmp.export(access)
+            seen = [read_snapshot(daemon.uri(access), tmp_path / "was.raw") for _ in range(2)]
+            assert seen[0] == seen[1]
+            assert_one_moment(seen[0])
+            qmp.execute("block_export_del", id=access, mode="hard")
+            qmp.execute("blockdev_del", node_name=access)
+            move(daemon, "disk")
+            qmp.execute("blockdev_del", node_name=cbw)
+            qmp.execute("blockdev_del", node_name=temp)
 
 
 def test_writers_who_would_destroy_a_snapshot_are_refused(any_daemon: StorageDaemon, disk: Path) -> None:

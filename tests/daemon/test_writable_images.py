@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import NewImage
+from tests.daemon.busy_guest import start_fio
 from tests.daemon.conftest import StartDaemon
 from tests.daemon.storage_daemon import OURS, PROGRAMS, QEMU
 from tests.daemon.test_graphs import guest_io, read_snapshot
 from tests.nbd.fleecing import SIZE, copy
-from tests.support import qemu_img, require
+from tests.support import qemu_img
 
 MiB = 1 << 20
 
@@ -31,9 +31,7 @@ def test_a_guest_writes_an_image_while_its_snapshots_are_read(
         "--export", "nbd,id=monday,node-name=monday",
         "--export", "nbd,id=tuesday,node-name=tuesday",
     )  # fmt: skip
-    job = ["--name=t", "--ioengine=nbd", f"--uri={daemon.uri('guest')}", "--size=8m", "--rw=randwrite", "--iodepth=16"]
-    job += ["--bsrange=512-64k", "--verify=crc32c", "--do_verify=1", "--verify_fatal=1", "--fsync=50", "--randseed=7"]
-    fio = subprocess.Popen([require("fio"), *job], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    fio = start_fio(daemon.uri("guest"), tmp_path)
     for _ in range(200):
         for name in ("monday", "tuesday"):
             assert copy(daemon.uri(name), tmp_path / "was.raw") == image.reference(name).read()
