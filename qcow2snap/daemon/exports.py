@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from formats.nbd import MAX_STRING
 from qcow2snap.block.blockdev.edges import NamedNode, Root
 from qcow2snap.block.blockdev.named_nodes import Graph
 from qcow2snap.block.blockdev.qapi import Alternate, Boolean, ListOf, String, Struct, Type, Union, optional
@@ -23,7 +24,6 @@ from qcow2snap.block.snapshot_access import SnapshotAccessNode
 from qcow2snap.nbd.export import Export, LiveExports
 from qcow2snap.nbd.names import SnapshotNames
 
-MAX_STRING = 4096  # bytes of a name or description, as NBD has it
 PATIENCE = 5.0  # seconds that a command waits for clients which it has cut off
 
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
@@ -168,7 +168,6 @@ def _bitmaps(node: NamedNode, options: Mapping[str, Any]) -> list[str]:
         if not isinstance(bitmap, str) and bitmap["node"] != node.name:
             raise BitmapNotFound(f"Bitmap '{bitmap['name']}' is not found: of node '{node.name}' only, not of others")
     for name in names:
-        known: Any = ()
         try:
             known = node.node.dirty_bitmaps() if isinstance(node.node, ChangeTracking) else ()
         except Qcow2SnapError as error:

@@ -28,7 +28,6 @@ class ErrorClass(Enum):
 
     GENERIC_ERROR = "GenericError"
     COMMAND_NOT_FOUND = "CommandNotFound"
-    DEVICE_NOT_FOUND = "DeviceNotFound"
 
 
 class CommandFailed(Qcow2SnapError):

@@ -13,7 +13,7 @@ from qcow2snap.block.blockdev import named_nodes
 from qcow2snap.block.blockdev.backend import BlockBackend
 from qcow2snap.block.blockdev.drivers import all_drivers
 from qcow2snap.block.blockdev.named_nodes import Graph
-from qcow2snap.block.blockdev.options import read_options
+from qcow2snap.block.blockdev.options import BLOCKDEV_OPTIONS
 from qcow2snap.block.node import InvalidOption, NotSupported, OutOfRange, SnapshotGone
 from qcow2snap.block.null import NullNode
 
@@ -26,7 +26,7 @@ def graph() -> Iterator[Graph]:
 
 
 def add(graph: Graph, driver: str, name: str, **options: Any) -> None:
-    graph.add(read_options({"driver": driver, "node-name": name, **options}))
+    graph.add(BLOCKDEV_OPTIONS.read({"driver": driver, "node-name": name, **options}, "", strings=False))
 
 
 def test_nodes_are_not_piled_up_for_ever(graph: Graph) -> None:
@@ -48,7 +48,7 @@ def test_options_are_not_nested_for_ever() -> None:
     for _ in range(200):
         options = {"driver": "raw", "file": options}
     with pytest.raises(InvalidOption, match="nested too deeply"):
-        read_options({"node-name": "n", **options})
+        BLOCKDEV_OPTIONS.read({"node-name": "n", **options}, "", strings=False)
 
 
 def test_a_change_that_requests_hold_up_for_too_long_is_given_up(

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcow2snap.block.blockdev.keyval import parse_keyval
-from qcow2snap.block.blockdev.options import read_options
+from qcow2snap.block.blockdev.options import BLOCKDEV_OPTIONS
 from qcow2snap.block.node import Qcow2SnapError
 from tests.daemon.conftest import StartDaemon
 from tests.daemon.storage_daemon import OURS, PROGRAMS, program
@@ -177,7 +177,7 @@ def test_keyval_nests_and_lists_and_escapes() -> None:
 @given(text=st.text(alphabet="a=,.0_\n'", max_size=40))
 def test_any_text_is_options_or_a_mistake(text: str) -> None:
     with suppress(Qcow2SnapError):  # and nothing else
-        read_options(parse_keyval(text, "driver"), strings=True)
+        BLOCKDEV_OPTIONS.read(parse_keyval(text, "driver"), "", strings=True)
 
 
 @pytest.mark.parametrize(
@@ -186,10 +186,10 @@ def test_any_text_is_options_or_a_mistake(text: str) -> None:
 )
 def test_booleans_are_spelled_as_in_qemu(spelled: str, expected: bool) -> None:
     options = {"driver": "file", "filename": "x", "read-only": spelled}
-    assert read_options(options, strings=True)["read-only"] is expected
+    assert BLOCKDEV_OPTIONS.read(options, "", strings=True)["read-only"] is expected
 
 
 @pytest.mark.parametrize(("spelled", "expected"), [("64k", 65536), ("1M", 1 << 20), ("0x10000", 65536), ("512", 512)])
 def test_sizes_are_spelled_as_in_qemu(spelled: str, expected: int) -> None:
     options = {"driver": "copy-before-write", "file": "a", "target": "b", "min-cluster-size": spelled}
-    assert read_options(options, strings=True)["min-cluster-size"] == expected
+    assert BLOCKDEV_OPTIONS.read(options, "", strings=True)["min-cluster-size"] == expected

@@ -70,7 +70,7 @@ class Graph:
         return found
 
     def add(self, options: Mapping[str, Any]) -> NamedNode:
-        """A node by options that `blockdev.read_options` gave. A snapshot of copy-before-write begins now."""
+        """A node by options that `options.BLOCKDEV_OPTIONS` read. A snapshot of copy-before-write begins now."""
         if "node-name" not in options:
             raise InvalidOption("'node-name' must be specified for the root node")
         # With no request under way, there is no write that could be half in the snapshot.

@@ -131,12 +131,6 @@ _DRIVERS = {
 BLOCKDEV_OPTIONS: Union = Union(_COMMON, "driver", _DRIVERS)
 
 
-def read_options(options: Any, *, strings: bool = False) -> dict[str, Any]:
-    """Blockdev options as nested dictionaries, each option of its type. InvalidOption says what is wrong."""
-    result: dict[str, Any] = BLOCKDEV_OPTIONS.read(options, "", strings=strings)
-    return result
-
-
 def parse_argument(text: str, kind: Type, implied: str | None = None) -> Any:
     """The argument of an option of the command line: JSON if it begins with a brace, else keyval."""
     if not text.startswith("{"):
