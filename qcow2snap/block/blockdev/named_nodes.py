@@ -69,6 +69,13 @@ class Graph:
             raise NodeNotFound(f"Cannot find device='{device}' nor node-name='{name}'")
         return found
 
+    def _named(self, name: str) -> NamedNode:
+        """As get(), in the words of QEMU's commands that take nothing but a node's name."""
+        found = self._nodes.get(name)
+        if found is None:
+            raise NodeNotFound(f"Failed to find node with node-name='{name}'")
+        return found
+
     def add(self, options: Mapping[str, Any]) -> NamedNode:
         """A node by options that `options.BLOCKDEV_OPTIONS` read. A snapshot of copy-before-write begins now."""
         if "node-name" not in options:
@@ -80,9 +87,7 @@ class Graph:
         return added
 
     def delete(self, name: str) -> None:
-        found = self._nodes.get(name)
-        if found is None:
-            raise NodeNotFound(f"Failed to find node with node-name='{name}'")
+        found = self._named(name)
         if any(edge.parent is None for edge in found.parents):
             raise NodeInUse(f"Node {name} is in use")
         if not found.is_owned:
@@ -113,9 +118,7 @@ class Graph:
 
     def replace_child(self, parent: str, child: str, new: str) -> None:
         """Have another node in the place of a child of a node."""
-        found = self._nodes.get(parent)
-        if found is None:
-            raise NodeNotFound(f"Failed to find node with node-name='{parent}'")
+        found = self._named(parent)
         if child not in found.children:
             raise NodeNotFound(f"Node '{parent}' has no child named '{child}'")
         with self._drained():
@@ -226,9 +229,7 @@ class Graph:
         name = options.get("node-name")
         if name is None:
             raise InvalidOption("node-name not specified")
-        found = self._nodes.get(name)
-        if found is None:
-            raise NodeNotFound(f"Failed to find node with node-name='{name}'")
+        found = self._named(name)
         children = dict(found.driver.children(found.options))
         left = []
         for option in sorted({*options, *found.options}):
