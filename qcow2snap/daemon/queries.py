@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
+from qcow2snap.block.blockdev import permissions
 from qcow2snap.block.blockdev.edges import NamedNode
 from qcow2snap.block.blockdev.named_nodes import Graph
-from qcow2snap.block.blockdev.permissions import Perm
 from qcow2snap.block.file import FileNode
 from qcow2snap.block.graph import files_of
 from qcow2snap.block.node import BlockNode, Qcow2SnapError, SnapshotAccess, UnsupportedFeature
@@ -52,15 +52,11 @@ def block_graph(graph: Graph) -> dict[str, Any]:
                     "parent": numbers[edge.parent or edge],
                     "child": numbers[node],
                     "name": edge.name,
-                    "perm": _permissions(edge.use.perm),
-                    "shared-perm": _permissions(edge.use.shared),
+                    "perm": permissions.names(edge.use.perm),
+                    "shared-perm": permissions.names(edge.use.shared),
                 }
             )
     return {"nodes": listed, "edges": edges}
-
-
-def _permissions(perm: Perm) -> list[str]:
-    return [(each.name or "").lower().replace("_", "-") for each in Perm if each & perm]
 
 
 def snapshots(node: NamedNode) -> list[dict[str, Any]]:

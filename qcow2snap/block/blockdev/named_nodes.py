@@ -382,8 +382,9 @@ class Graph:
     def _check(self, node: NamedNode) -> None:
         for user, other in permutations(node.parents, 2):
             if conflict := user.use.perm & ~other.use.shared:
+                permissions = ", ".join(names(conflict)).replace("-", " ")
                 raise PermissionConflict(
-                    f"Permission conflict on node '{node.name}': permissions '{names(conflict)}' are both required by "
+                    f"Permission conflict on node '{node.name}': permissions '{permissions}' are both required by "
                     f"{user} and unshared by {other}."
                 )
         is_read_only = node.read_only or (hasattr(node, "node") and node.node.read_only and not node.driver.may_trim)

@@ -39,9 +39,9 @@ def combined(uses: list[Use]) -> Use:
     return Use(perm, shared)
 
 
-def names(perm: Perm) -> str:
-    """As QEMU writes them."""
-    return ", ".join((each.name or "").lower().replace("_", " ") for each in Perm if each & perm)
+def names(perm: Perm) -> list[str]:
+    """As QEMU's schema has them."""
+    return [(each.name or "").lower().replace("_", "-") for each in Perm if each & perm]
 
 
 def of_format_file(writable: bool) -> Use:
