@@ -65,8 +65,11 @@ class Chardev(ABC):
 
     is_used = False
 
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+
     @abstractmethod
-    def serve(self, loop: Loop, execute: Execute, *, pretty: bool) -> None:
+    def serve(self, execute: Execute, *, pretty: bool) -> None:
         """Have QMP spoken with whoever is there, or comes."""
 
     def event(self, name: str, data: Mapping[str, Any]) -> None:
@@ -143,11 +146,11 @@ class SocketChardev(Chardev):
 
     def __init__(self, options: Mapping[str, Any], loop: Loop) -> None:
         """With server=on and without wait=off, only when the first client is there, or the loop is stopped."""
+        super().__init__(loop)
         self._listener: Listener | None = None
         self._first: list[socket.socket] = []  # who is there before anybody speaks with them
         self._clients: dict[Client, socket.socket] = {}
         self._start: Callable[[socket.socket], None] | None = None
-        self._loop: Loop | None = None
         if "path" in options:
             where: tuple[str, ...] = (options["path"],)
         elif "host" in options and "port" in options:
@@ -158,27 +161,26 @@ class SocketChardev(Chardev):
             self._listener = listen_unix(*where) if len(where) == 1 else listen_tcp(where[0], _port(where[1]))
             if options.get("wait", True):
                 print(f"qcow2snap: waiting for a client on {', '.join(where)}", file=sys.stderr, flush=True)
-                self._wait(loop)
+                self._wait()
         else:
             self._first.append(_connect(where))
 
-    def _wait(self, loop: Loop) -> None:
-        self._loop = loop
+    def _wait(self) -> None:
         self._start = self._first.append
         self._watch()
-        while not self._first and not loop.is_stopping:
-            loop.turn()
+        while not self._first and not self._loop.is_stopping:
+            self._loop.turn()
         assert self._listener is not None
-        loop.on_read(self._listener.socket.fileno(), None)  # the others, when somebody speaks with them
+        self._loop.on_read(self._listener.socket.fileno(), None)  # the others, when somebody speaks with them
 
-    def serve(self, loop: Loop, execute: Execute, *, pretty: bool) -> None:
+    def serve(self, execute: Execute, *, pretty: bool) -> None:
         def start(sock: socket.socket) -> None:
             descriptor = sock.fileno()
-            client = Client(loop, (descriptor, descriptor), execute, self._gone, pretty)
+            client = Client(self._loop, (descriptor, descriptor), execute, self._gone, pretty)
             self._clients[client] = sock
             self._watch()
 
-        self._loop, self._start = loop, start
+        self._start = start
         first, self._first = self._first, []
         for sock in first:
             start(sock)
@@ -192,14 +194,13 @@ class SocketChardev(Chardev):
         for client in [*self._clients]:
             client.end()
         if self._listener is not None:
-            if self._loop is not None:
-                self._loop.on_read(self._listener.socket.fileno(), None)
+            self._loop.on_read(self._listener.socket.fileno(), None)
             self._listener.close()
         for sock in self._first:
             sock.close()
 
     def _watch(self) -> None:
-        if self._listener is not None and self._loop is not None:
+        if self._listener is not None:
             is_full = len(self._clients) >= MAX_CLIENTS
             self._loop.on_read(self._listener.socket.fileno(), None if is_full else self._accept)
 
@@ -223,8 +224,8 @@ class StdioChardev(Chardev):
 
     _client: Client | None = None
 
-    def serve(self, loop: Loop, execute: Execute, *, pretty: bool) -> None:
-        self._client = Client(loop, (0, 1), execute, self._gone, pretty)
+    def serve(self, execute: Execute, *, pretty: bool) -> None:
+        self._client = Client(self._loop, (0, 1), execute, self._gone, pretty)
 
     def event(self, name: str, data: Mapping[str, Any]) -> None:
         if self._client is not None:
@@ -242,7 +243,7 @@ class StdioChardev(Chardev):
 
 
 def make_chardev(options: Mapping[str, Any], loop: Loop) -> Chardev:
-    return StdioChardev() if options["backend"] == "stdio" else SocketChardev(options, loop)
+    return StdioChardev(loop) if options["backend"] == "stdio" else SocketChardev(options, loop)
 
 
 def _connect(where: tuple[str, ...]) -> socket.socket:

@@ -61,7 +61,7 @@ class Daemon:
         if chardev.is_used:
             raise InvalidOption(f"chardev '{name}' is already in use")
         chardev.is_used = True
-        chardev.serve(self.loop, self._execute, pretty=options.get("pretty", False))
+        chardev.serve(self._execute, pretty=options.get("pretty", False))
 
     def event(self, name: str, data: Mapping[str, Any]) -> None:
         """Tell every monitor's clients."""
