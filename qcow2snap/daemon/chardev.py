@@ -18,6 +18,7 @@ from qcow2snap.block.blockdev.keyval import parse_keyval
 from qcow2snap.block.blockdev.qapi import Boolean, String, Struct, Union, optional
 from qcow2snap.block.node import FileError, InvalidOption
 from qcow2snap.daemon.loop import Loop
+from qcow2snap.daemon.numbers import read_number
 from qcow2snap.daemon.qmp import Execute, QMPSession
 from qcow2snap.nbd.listen import Listener, listen_tcp, listen_unix
 
@@ -158,7 +159,9 @@ class SocketChardev(Chardev):
         else:
             raise InvalidOption("chardev: socket: give a path, or host and port")
         if options.get("server", False):
-            self._listener = listen_unix(*where) if len(where) == 1 else listen_tcp(where[0], _port(where[1]))
+            self._listener = (
+                listen_unix(*where) if len(where) == 1 else listen_tcp(where[0], read_number(where[1], "port"))
+            )
             if options.get("wait", True):
                 print(f"qcow2snap: waiting for a client on {', '.join(where)}", file=sys.stderr, flush=True)
                 self._wait()
@@ -249,16 +252,11 @@ def make_chardev(options: Mapping[str, Any], loop: Loop) -> Chardev:
 def _connect(where: tuple[str, ...]) -> socket.socket:
     try:
         if len(where) == 2:
-            return socket.create_connection((where[0], _port(where[1])), CONNECT_TIMEOUT)
+            return socket.create_connection((where[0], read_number(where[1], "port")), CONNECT_TIMEOUT)
         sock = socket.socket(socket.AF_UNIX)
         sock.settimeout(CONNECT_TIMEOUT)
         sock.connect(where[0])
-    except OSError as error:
-        raise FileError(f"Failed to connect to '{':'.join(where)}': {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"Failed to connect to '{':'.join(where)}': {reason}") from None
     return sock
-
-
-def _port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) < 1 << 16):
-        raise InvalidOption(f"chardev: '{text[:200]}' is no port")
-    return int(text)

@@ -7,7 +7,8 @@ from typing import Any
 
 from qcow2snap.block.blockdev.options import SOCKET_ADDRESS, UINT32
 from qcow2snap.block.blockdev.qapi import Integer, String, Struct, Type, Union, optional
-from qcow2snap.block.node import FileError, InvalidOption, NBDError, UnsupportedFeature
+from qcow2snap.block.node import FileError, NBDError, UnsupportedFeature
+from qcow2snap.daemon.numbers import read_number
 from qcow2snap.daemon.objects import Objects
 from qcow2snap.nbd.export import Exports
 from qcow2snap.nbd.listen import Listener, listen_tcp, listen_unix, listen_vsock
@@ -99,13 +100,7 @@ def _listen(address: Mapping[str, Any]) -> Listener:
         except FileError as error:
             raise FileError(f"Failed to bind socket to {address['path']}: {str(error).rpartition(': ')[2]}") from None
     if kind == "inet":
-        return listen_tcp(address["host"], _port(address["port"]))
+        return listen_tcp(address["host"], read_number(address["port"], "port"))
     if kind == "vsock":
-        return listen_vsock(_port(address["port"]))
+        return listen_vsock(read_number(address["port"], "port of vsock", UINT32))
     raise UnsupportedFeature("an address is of type unix (not abstract), inet or vsock")
-
-
-def _port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) < 1 << 32):
-        raise InvalidOption(f"port '{text[:200]}' is not a number")
-    return int(text)

@@ -6,7 +6,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from qcow2snap.block.blockdev.drivers import Driver
-from qcow2snap.block.node import BlockNode, InvalidOption, NBDError, ReadOnly, UnsupportedFeature
+from qcow2snap.block.blockdev.options import UINT32
+from qcow2snap.block.node import BlockNode, NBDError, ReadOnly, UnsupportedFeature
+from qcow2snap.daemon.numbers import read_number
 from qcow2snap.daemon.objects import Objects
 from qcow2snap.nbd.remote_node import RemoteNode
 from qcow2snap.nbd.uri import URI
@@ -50,18 +52,13 @@ class RemoteDriver(Driver):
         if server["type"] == "unix" and not server.get("abstract"):
             where = URI(name, socket=server["path"])
         elif server["type"] == "inet":
-            where = URI(name, host=server["host"], port=_port(server["port"]))
+            where = URI(name, host=server["host"], port=read_number(server["port"], "port"))
         elif server["type"] == "vsock":
-            where = URI(name, cid=_port(server["cid"]), port=_port(server["port"]))
+            cid = read_number(server["cid"], "address of vsock", UINT32)
+            where = URI(name, cid=cid, port=read_number(server["port"], "port of vsock", UINT32))
         else:
             raise UnsupportedFeature("a server is reached by unix (not abstract), inet or vsock")
         if "tls-creds" not in options:
             return where
         credentials = self._objects.credentials(options["tls-creds"], server=False)
         return where._replace(tls=True, tls_parameters=credentials.parameters(options.get("tls-hostname", "")))
-
-
-def _port(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise InvalidOption(f"'{text[:200]}' is not a number")
-    return int(text)

@@ -79,6 +79,26 @@ def test_other_words_are_a_mistake_of_usage(words: list[str], text: str) -> None
     assert text in done.stderr
 
 
+INET = "addr.type=inet,addr.host=127.0.0.1,addr.port="
+REMOTE = "nbd,node-name=n,server.type=inet,server.host=127.0.0.1,server.port="
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--nbd-server", INET + "70000"], "'70000' is no port: say a number up to 65535"),
+        (["--blockdev", REMOTE + "70000"], "'70000' is no port: say a number up to 65535"),
+        (["--blockdev", REMOTE + "9" * 30], f"'{'9' * 30}' is no port: say a number up to 65535"),
+        (["--chardev", "socket,id=m,host=127.0.0.1,port=" + "9" * 5000], "is no port: say a number up to 65535"),
+        (["--chardev", "socket,id=m,host=a..b,port=7"], "Failed to connect to 'a..b:7': "),
+    ],
+)
+def test_an_address_that_cannot_be_is_refused_in_one_line(words: list[str], text: str) -> None:
+    done = subprocess.run([*program(OURS), *words], capture_output=True, text=True, timeout=60, cwd=REPOSITORY)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert text in done.stderr
+
+
 def test_help_and_version_are_printed() -> None:
     said = run(*program(OURS), "--help")
     assert all(option in said for option in ("--blockdev", "--export", "--nbd-server", "--monitor", "--pidfile"))
