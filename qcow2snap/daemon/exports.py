@@ -23,6 +23,7 @@ from qcow2snap.block.node import (
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
 from qcow2snap.nbd.export import Export, LiveExports
 from qcow2snap.nbd.names import SnapshotNames
+from qcow2snap.nbd.strings import is_string
 
 PATIENCE = 5.0  # seconds that a command waits for clients which it has cut off
 
@@ -94,10 +95,8 @@ class BlockExports:
             raise NBDError("NBD server not running")
         shown = options.get("name", options["node-name"])
         description = options.get("description", "")
-        if len(shown.encode()) > MAX_STRING:
-            raise InvalidOption(f"export name '{shown[:64]}...' too long")
-        if len(description.encode()) > MAX_STRING:
-            raise InvalidOption(f"description '{description[:64]}...' too long")
+        _check_string("export name", shown)
+        _check_string("description", description)
         if self.live.find(shown) is not None:
             raise InvalidOption(f"NBD server already has export named '{shown}'")
         bitmaps = _bitmaps(node, options)
@@ -146,6 +145,14 @@ class BlockExports:
         del self._exports[export.id]
         self._graph.release(export.root)
         self._event("BLOCK_EXPORT_DELETED", {"id": export.id})
+
+
+def _check_string(what: str, text: str) -> None:
+    """NBD can carry it."""
+    if len(text.encode(errors="replace")) > MAX_STRING:
+        raise InvalidOption(f"{what} '{text[:64]}...' too long")
+    if not is_string(text):
+        raise InvalidOption(f"{what} {text[:64]!a} is no UTF-8 without NUL, and NBD has nothing else")
 
 
 def _node_of(root: Root) -> Any:

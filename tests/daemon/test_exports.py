@@ -97,6 +97,15 @@ def test_exports_that_cannot_be_are_refused_and_change_nothing(any_daemon: Stora
     assert "export='taken'" in run("nbdinfo", "--list", any_daemon.uri("")).replace('"', "'")
 
 
+@pytest.mark.parametrize("text", ["\ud800", "a\0b"])
+@pytest.mark.parametrize("what", ["name", "description"])
+def test_what_nbd_cannot_carry_is_refused(daemon: StorageDaemon, what: str, text: str) -> None:
+    daemon.qmp.add("null-co", "n", size=65536)
+    options = {"type": "nbd", "id": "e", "node_name": "n", what: text}
+    assert "is no UTF-8 without NUL" in daemon.qmp.refusal("block_export_add", **options)[1]
+    assert daemon.qmp.execute("query_block_exports") == []
+
+
 def test_the_server_comes_and_goes_with_all_exports(any_daemon: StorageDaemon) -> None:
     qmp = any_daemon.qmp
     qmp.add("null-co", "n", size=65536)
