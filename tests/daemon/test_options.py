@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from qcow2snap.block.blockdev.keyval import parse_keyval
 from qcow2snap.block.blockdev.options import BLOCKDEV_OPTIONS
-from qcow2snap.block.node import Qcow2SnapError
+from qcow2snap.block.node import InvalidOption, Qcow2SnapError
 from tests.daemon.conftest import StartDaemon
 from tests.daemon.storage_daemon import OURS, PROGRAMS, program
 from tests.nbd.support import run
@@ -213,3 +213,11 @@ def test_booleans_are_spelled_as_in_qemu(spelled: str, expected: bool) -> None:
 def test_sizes_are_spelled_as_in_qemu(spelled: str, expected: int) -> None:
     options = {"driver": "copy-before-write", "file": "a", "target": "b", "min-cluster-size": spelled}
     assert BLOCKDEV_OPTIONS.read(options, "", strings=True)["min-cluster-size"] == expected
+
+
+@pytest.mark.parametrize("spelled", ["9" * 400, "9" * 400 + ".5k", "9" * 5000, "0x" + "f" * 5000])
+@pytest.mark.parametrize("option", ["min-cluster-size", "cbw-timeout"])
+def test_numbers_of_any_length_are_refused_in_words(option: str, spelled: str) -> None:
+    options = {"driver": "copy-before-write", "file": "a", "target": "b", option: spelled}
+    with pytest.raises(InvalidOption, match=option):
+        BLOCKDEV_OPTIONS.read(options, "", strings=True)

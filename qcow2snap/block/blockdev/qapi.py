@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qcow2snap.block.node import InvalidOption
+from qcow2snap.block.sizes import parse_size
 
 MAX_DEPTH = 32  # of options in options
 _INT64 = range(-(1 << 63), 1 << 63)
 _NUMBER = re.compile(r"[+-]?(0[xX][0-9a-fA-F]+|[0-9]+)")
-_SIZE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+(?:\.[0-9]+)?)([bBkKmMgGtTpPeE]?)")
-_SUFFIXES = "BKMGTPE"
+_MAX_DIGITS = 1 << 10  # of a number, zeros before it included; Python takes some thousands
 _BOOLEANS = {"on": True, "yes": True, "true": True, "y": True, "off": False, "no": False, "false": False, "n": False}
 
 
@@ -57,7 +57,7 @@ class Integer(Type):
 
     def read(self, value: Any, path: str, *, strings: bool) -> int:
         if strings and isinstance(value, str):
-            if not _NUMBER.fullmatch(value):
+            if not _NUMBER.fullmatch(value) or len(value) > _MAX_DIGITS:
                 raise InvalidOption(f"Parameter '{path}' expects integer")
             value = int(value, 16 if "x" in value.lower() else 10)
         elif isinstance(value, bool) or not isinstance(value, int):
@@ -75,11 +75,12 @@ class Size(Integer):
 
     def read(self, value: Any, path: str, *, strings: bool) -> int:
         if strings and isinstance(value, str):
-            match = _SIZE.fullmatch(value)
-            if not match:
-                raise InvalidOption(f"Parameter '{path}' expects a non-negative number below 2^64")
-            number = float(match[1]) if "." in match[1] else int(match[1], 16 if "x" in match[1].lower() else 10)
-            value = int(number * (1 << 10 * _SUFFIXES.index(match[2].upper() or "B")))
+            try:
+                if len(value) > _MAX_DIGITS:
+                    raise ValueError
+                value = parse_size(value)
+            except ValueError:
+                raise InvalidOption(f"Parameter '{path}' expects a non-negative number below 2^64") from None
         return super().read(value, path, strings=False)
 
 
