@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -174,6 +173,7 @@ def run_command(
     left out for the active disk. It has to write the disk's bytes and exit with 0, or exit with another code to refuse.
     """
     from qcow2snap.conformance.suite import report
+    from qcow2snap.conformance.suite.registry import choose_cases
     from qcow2snap.conformance.suite.runner import Outcome, Runner
 
     if adapter is not None:
@@ -182,7 +182,9 @@ def run_command(
         reader, map_reader = _adapted(adapter)
     if reader is None and map_reader is None:
         raise click.UsageError("Which reader? --reader COMMAND, or --adapter NAME.")
-    chosen = _chosen(patterns, section, large)
+    chosen = choose_cases(patterns, section=section or "", large=large)
+    if not chosen:
+        raise click.UsageError("No case is left to run; `qcow2snap conformance list` shows them all.")
     runner = Runner(
         _command("--reader", reader),
         _command("--map-reader", map_reader),
@@ -220,22 +222,6 @@ def _adapted(name: str) -> tuple[str | None, str | None]:
     if lacking:
         raise click.UsageError(f"{lacking}.")
     return adapter.reader, adapter.map_reader
-
-
-def _chosen(patterns: tuple[str, ...], section: str | None, large: bool) -> list[Case]:
-    from qcow2snap.conformance.suite.registry import all_cases
-
-    wanted = (section or "").lower()
-    chosen = [
-        case
-        for case in all_cases()
-        if (large or not case.large)
-        and any(wanted in each.lower() for each in case.sections)
-        and (not patterns or any(fnmatchcase(case.name, pattern) for pattern in patterns))
-    ]
-    if not chosen:
-        raise click.UsageError("No case is left to run; `qcow2snap conformance list` shows them all.")
-    return chosen
 
 
 def _new_directory(path: Path) -> Path:

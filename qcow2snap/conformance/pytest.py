@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import pytest
 
 from qcow2snap.conformance.suite.judge import judge_content, judge_map
 from qcow2snap.conformance.suite.manifest import read_manifest
-from qcow2snap.conformance.suite.registry import all_cases
+from qcow2snap.conformance.suite.registry import choose_cases
 from qcow2snap.conformance.suite.values import Case, Disk, MapEntry
 
 _MARKER = "qcow2_cases"
@@ -150,13 +149,8 @@ def qcow2_disk(request: pytest.FixtureRequest, tmp_path: Path) -> CaseDisk:
 
 def _chosen(metafunc: pytest.Metafunc) -> list[Case]:
     marker = metafunc.definition.get_closest_marker(_MARKER)
-    patterns = (marker.args if marker else ()) or metafunc.config.getini(_MARKER) or ("*",)
-    large = bool(marker and marker.kwargs.get("large"))
-    chosen = [
-        case
-        for case in all_cases()
-        if (large or not case.large) and any(fnmatchcase(case.name, pattern) for pattern in patterns)
-    ]
+    patterns = (marker.args if marker else ()) or metafunc.config.getini(_MARKER)
+    chosen = choose_cases(patterns, large=bool(marker and marker.kwargs.get("large")))
     if not chosen:
         raise pytest.UsageError(f"no case of the qcow2 suite is called {' or '.join(patterns)}")
     return chosen

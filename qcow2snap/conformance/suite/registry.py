@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 
 from qcow2snap.conformance.suite.builder import Image
 from qcow2snap.conformance.suite.values import Built, Case, Section
@@ -31,3 +32,18 @@ def all_cases() -> list[Case]:
     import qcow2snap.conformance.suite.cases  # noqa: F401  # registers them
 
     return [*CASES.values()]
+
+
+def choose_cases(patterns: Sequence[str] = (), *, section: str = "", large: bool = False) -> list[Case]:
+    """Those of all cases that have such names, with * and ?, and a section with `section` in its name.
+
+    Without patterns it is any name. Large cases are among them only if that is asked for.
+    """
+    wanted = section.lower()
+    return [
+        case
+        for case in all_cases()
+        if (large or not case.large)
+        and any(wanted in each.lower() for each in case.sections)
+        and (not patterns or any(fnmatchcase(case.name, pattern) for pattern in patterns))
+    ]
