@@ -100,8 +100,7 @@ def _find(name: str) -> Case:
 
 
 def _write(built: Built, path: Path, force: bool) -> None:
-    beside = [path.with_name(name) for name in [*built.files][1:]]
-    for each in (path, *beside):
+    for each in built.paths(path):
         if not force and os.path.lexists(each):
             raise FileError(f"{each}: exists already; --force overwrites it")
     built.write(path.parent, path.name)

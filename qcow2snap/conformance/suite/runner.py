@@ -121,7 +121,7 @@ class Runner:
                 self._check(case, built, disk, what, command, image)
                 for disk in built.disks
                 for what, command in self._readers
-                if command is not None and (what == "read" or disk.map is not None)
+                if what == "read" or disk.map is not None
             ]
 
     @contextmanager
@@ -176,7 +176,7 @@ class Runner:
 
     def _check_unmodified(self, check: Check, built: Built, image: Path) -> Check:
         """A reader that writes to what it reads has failed, whatever else it did; others get the image as it was."""
-        for (name, file), path in zip(built.files.items(), _paths(built, image), strict=True):
+        for (name, file), path in zip(built.files.items(), built.paths(image), strict=True):
             if not path.is_file() or path.stat().st_size != file.size or sha256_of(path) != file.content.sha256:
                 _remove(path)
                 file.write(path, sparse=built.sparse)
@@ -190,10 +190,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _paths(built: Built, image: Path) -> list[Path]:
-    return [image, *(image.with_name(name) for name in [*built.files][1:])]
 
 
 def _failed(check: Check, failure: Failure, detail: str) -> Check:

@@ -178,12 +178,14 @@ class Built:
 
     def write(self, directory: Path, image_name: str | None = None) -> Path:
         """All files into a directory; returns the image's path. Other files keep the names by which they are found."""
-        first, *others = self.files
-        path = directory / (image_name or first)
-        self.files[first].write(path, sparse=self.sparse)
-        for name in others:
-            self.files[name].write(directory / name, sparse=self.sparse)
-        return path
+        image = directory / (image_name or next(iter(self.files)))
+        for file, path in zip(self.files.values(), self.paths(image), strict=True):
+            file.write(path, sparse=self.sparse)
+        return image
+
+    def paths(self, image: Path) -> list[Path]:
+        """Where all files are, in their order, if the image is there."""
+        return [image, *(image.with_name(name) for name in [*self.files][1:])]
 
     def digests(self) -> dict[str, str]:
         return {name: file.content.sha256 for name, file in self.files.items()}
