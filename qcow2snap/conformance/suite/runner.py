@@ -18,7 +18,7 @@ from typing import NamedTuple
 from qcow2snap.conformance.suite.command import ReaderCommand
 from qcow2snap.conformance.suite.judge import judge_content, judge_map
 from qcow2snap.conformance.suite.process import End, Ended, Limits, run_limited
-from qcow2snap.conformance.suite.values import Built, Case, Disk, Section, sha256_of
+from qcow2snap.conformance.suite.values import Built, Case, Disk, Section
 
 _MAP_LIMIT = 64 << 20  # bytes of a map
 _OUTPUT_SLACK = 1 << 20  # bytes that an output may be too long, to be told from one without end
@@ -177,7 +177,7 @@ class Runner:
     def _check_unmodified(self, check: Check, built: Built, image: Path) -> Check:
         """A reader that writes to what it reads has failed, whatever else it did; others get the image as it was."""
         for (name, file), path in zip(built.files.items(), built.paths(image), strict=True):
-            if not path.is_file() or path.stat().st_size != file.size or sha256_of(path) != file.content.sha256:
+            if not file.is_at(path):
                 _remove(path)
                 file.write(path, sparse=built.sparse)
                 return _failed(check, Failure.MODIFIED, f"{name} is not what it was before")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -140,6 +139,13 @@ class SparseFile:
         self.size = size
         self.__dict__.pop("content", None)
 
+    def is_at(self, path: Path) -> bool:
+        """Whether a file on disk is this one, byte by byte."""
+        if not path.is_file() or path.stat().st_size != self.size:
+            return False
+        with path.open("rb") as file:
+            return self.content.first_difference(file) is None
+
     @cached_property
     def content(self) -> Content:
         content = Content(self.size)
@@ -208,11 +214,6 @@ class Case:
     def build(self) -> Built:
         """The same bytes each time."""
         return self.make(self.name)
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def merged(entries: Iterator[MapEntry]) -> tuple[MapEntry, ...]:
