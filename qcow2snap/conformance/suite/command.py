@@ -12,6 +12,7 @@ Words in square brackets are there only if a snapshot is asked for: `qemu-img co
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 
@@ -52,7 +53,7 @@ class ReaderCommand:
         return None if ref.by_name else "the snapshot's name is not its alone, and the command has no {id}"
 
     def words(self, image: str, output: str, ref: Ref | None) -> list[str]:
-        """The command for one disk. What is put in stays one word, whatever it holds."""
+        """The command for one disk. What is put in stays one word, and is not looked at again."""
         name, id_ = ("", "") if ref is None else (os.fsdecode(ref.name), os.fsdecode(ref.id))
         values = {
             "{image}": image,
@@ -61,13 +62,14 @@ class ReaderCommand:
             _SNAPSHOT: name,
             _ID: id_,
         }
+        placeholders = "|".join(map(re.escape, values))
         words = []
         for index, word in enumerate(self._words):
             if index in self._optional:
                 if ref is None:
                     continue
                 word = word[self._optional[index][0] : len(word) - self._optional[index][1]]
-            words.append(_filled(word, values))
+            words.append(re.sub(placeholders, lambda match: values[match[0]], word))
         return words
 
 
@@ -84,15 +86,3 @@ def _bracketed(words: list[str]) -> dict[int, tuple[int, int]]:
                 found |= {each: (int(each == start), int(each == index)) for each in group}
             start = None
     return found
-
-
-def _filled(word: str, values: dict[str, str]) -> str:
-    """A word with its placeholders replaced; what was put in is not looked at again."""
-    out, rest = "", word
-    while rest:
-        at, key = min(((rest.find(key), key) for key in values if key in rest), default=(-1, ""))
-        if at < 0:
-            break
-        out += rest[:at] + values[key]
-        rest = rest[at + len(key) :]
-    return out + rest
