@@ -54,10 +54,10 @@ def judge_map(disk: Disk, text: str) -> str | None:
         position += length
     if position != disk.size:
         return f"the map ends at {position:#x}, the disk at {disk.size:#x}"
-    for start, expected, given in _overlaid(disk.map, listed):
-        wrong = _difference(expected, given)
+    for expected, fields in _overlaid(disk.map, listed):
+        wrong = _difference(expected, fields)
         if wrong:
-            return f"the map is wrong at {start:#x}: {wrong}"
+            return f"the map is wrong at {expected.start:#x}: {wrong}"
     return None
 
 
@@ -69,13 +69,10 @@ def _entry(fields: dict[str, Any]) -> _Listed:
     return start, length, {key: fields[key] for key in (*_COMPARED, "offset") if key in fields}
 
 
-def _overlaid(expected: Sequence[MapEntry], listed: Sequence[_Listed]) -> Iterator[tuple[int, MapEntry, _Listed]]:
-    """The runs of bytes that both maps describe by one entry each."""
-    borders = (
-        sorted({entry.start for entry in expected} | {start for start, _, _ in listed} | {expected[-1].end})
-        if (expected)
-        else []
-    )
+def _overlaid(expected: Sequence[MapEntry], listed: Sequence[_Listed]) -> Iterator[tuple[MapEntry, dict[str, Any]]]:
+    """The runs of bytes that both maps describe by one entry each, and what the second has of them."""
+    starts = {entry.start for entry in expected} | {start for start, _, _ in listed}
+    borders = sorted(starts | {entry.end for entry in expected})
     ours, theirs = iter(expected), iter(listed)
     entry: MapEntry | None = None
     given: _Listed | None = None
@@ -84,7 +81,7 @@ def _overlaid(expected: Sequence[MapEntry], listed: Sequence[_Listed]) -> Iterat
             entry = next(ours)
         if given is None or given[0] + given[1] <= start:
             given = next(theirs)
-        yield start, entry.within(start, entry.end), (start, 0, _moved(given, start))
+        yield entry.within(start, entry.end), _moved(given, start)
 
 
 def _moved(given: _Listed, start: int) -> dict[str, Any]:
@@ -94,8 +91,7 @@ def _moved(given: _Listed, start: int) -> dict[str, Any]:
     return fields
 
 
-def _difference(expected: MapEntry, given: _Listed) -> str:
-    fields = given[2]
+def _difference(expected: MapEntry, fields: dict[str, Any]) -> str:
     compared = [*_COMPARED, *(["offset"] if expected.offset is not None else [])]
     return ", ".join(
         f'"{key}" is {json.dumps(fields[key])}, not {json.dumps(getattr(expected, key))}'
