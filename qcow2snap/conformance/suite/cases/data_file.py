@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from formats.qcow2 import StandardL2Entry
 from qcow2snap.conformance.suite import deflate
 from qcow2snap.conformance.suite.builder import KIB, Image
 from qcow2snap.conformance.suite.registry import case
+from qcow2snap.conformance.suite.state import COPIED
 from qcow2snap.conformance.suite.values import Section
-
-COPIED = StandardL2Entry.mask("copied")
 
 
 @case("data-file", "an external data file; the first guest cluster is at offset 0 of it", Section.DATA_FILE)

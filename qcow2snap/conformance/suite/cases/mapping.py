@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from formats.qcow2 import StandardL2Entry
 from qcow2snap.conformance.suite.builder import GIB, KIB, Image
 from qcow2snap.conformance.suite.cases.header import some_disk
 from qcow2snap.conformance.suite.registry import case
+from qcow2snap.conformance.suite.state import COPIED
 from qcow2snap.conformance.suite.values import Section
-
-COPIED = StandardL2Entry.mask("copied")
-
 
 # -- L1 entries --------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import Any
 from qcow2snap.conformance.suite.builder import KIB, MIB, Image
 from qcow2snap.conformance.suite.cases.header import some_disk
 from qcow2snap.conformance.suite.registry import case
-from qcow2snap.conformance.suite.state import State
+from qcow2snap.conformance.suite.state import COPIED, State
 from qcow2snap.conformance.suite.values import Section
 
 TABLE = Section.SNAPSHOT_ENTRY
@@ -250,7 +250,7 @@ def snapshot_table_of_clusters(name: str) -> Image:
 def snapshot_copied(name: str) -> Image:
     image = some_disk(Image(name, 64 * KIB))
     state = image.snapshot("before")
-    state.exact_l1[0] = 1 << 63 | state.tables[0].host_offset
+    state.exact_l1[0] = COPIED | state.tables[0].host_offset
     image.active.data(0)
     return image
 
