@@ -29,7 +29,7 @@ class _Kind(Enum):
 
 
 class _Piece(NamedTuple):
-    """What a part of a guest cluster reads as, and where its host cluster has it."""
+    """What a part of a guest cluster reads as, and for DATA where its host cluster has it."""
 
     offset: int  # within the cluster
     length: int
@@ -98,7 +98,7 @@ class State:
         host, span = self._stale_host(cluster) if allocated else (None, None)
         zeros = 0xFFFFFFFF << 32 if self.image.has_extended_l2 else 0
         word = (host or 0) | (0 if self.image.has_extended_l2 else 1)
-        self._set(cluster, Entry(word, zeros, span, host is not None), [_Piece(0, size, _Kind.ZERO, host=host)])
+        self._set(cluster, Entry(word, zeros, span, host is not None), [_Piece(0, size, _Kind.ZERO)])
         return self
 
     def subclusters(self, cluster: int, states: str, *, host: bool | None = None) -> Self:
@@ -113,16 +113,15 @@ class State:
         bitmap, pieces = 0, []
         for index, state in enumerate(states):
             start = index * unit
-            at = None if place is None else place + start
             if state == "d":
-                assert at is not None
+                assert place is not None
                 content = self.image.lines(unit)
-                self.image.guest_file.put(at, content)
+                self.image.guest_file.put(place + start, content)
                 bitmap |= 1 << index
-                pieces.append(_Piece(start, unit, _Kind.DATA, content, at))
+                pieces.append(_Piece(start, unit, _Kind.DATA, content, place + start))
             elif state == "z":
                 bitmap |= 1 << (32 + index)
-                pieces.append(_Piece(start, unit, _Kind.ZERO, host=at))
+                pieces.append(_Piece(start, unit, _Kind.ZERO))
             else:
                 pieces.append(_Piece(start, unit, _Kind.BELOW))
         self._set(cluster, Entry(place or 0, bitmap, span, has_host), pieces)
@@ -255,10 +254,8 @@ class State:
             if piece.kind is _Kind.BELOW:
                 yield from self._map_below(start, position)
                 continue
-            data, is_zero = piece.kind is not _Kind.ZERO, piece.kind is _Kind.ZERO
-            compressed = piece.kind is _Kind.COMPRESSED
-            host = piece.host if piece.kind is _Kind.DATA else None
-            yield MapEntry(start, position - start, 0, True, is_zero, data, compressed, host)
+            is_zero, compressed = piece.kind is _Kind.ZERO, piece.kind is _Kind.COMPRESSED
+            yield MapEntry(start, position - start, 0, True, is_zero, not is_zero, compressed, piece.host)
         yield from self._map_below(position, self.size)
 
     def _map_below(self, start: int, end: int) -> Iterator[MapEntry]:
