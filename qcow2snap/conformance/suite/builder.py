@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 
 from formats import qcow2 as layout
 from formats.qcow2 import AutoclearFeature, CompressionType, HeaderExtensionType, IncompatibleFeature
-from qcow2snap.conformance.suite.content import Content, lines
+from qcow2snap.conformance.suite.content import LINE, Content, lines
 from qcow2snap.conformance.suite.host import HostSpace, Refcounts
 from qcow2snap.conformance.suite.state import State, Table
 from qcow2snap.conformance.suite.values import Built, Disk, MapEntry, Ref, Region, SparseFile
@@ -99,7 +99,7 @@ class Image:
     def lines(self, length: int) -> bytes:
         """Numbered lines that occur nowhere else in the image."""
         first = self._line
-        self._line += -(-length // 16)
+        self._line += -(-length // LINE)
         return lines(first, length)
 
     # -- header -------------------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ class Image:
     def _l1_size(self, state: State) -> int:
         if state.l1_size is not None:
             return state.l1_size
-        return max(-(-state.size // self.l2_coverage), *(index + 1 for index in state.tables), 0, 0)
+        return max(-(-state.size // self.l2_coverage), *(index + 1 for index in state.tables), 0)
 
     def _place_l1(self, state: State, whose: str, refcounts: Refcounts, reserved: int | None) -> int:
         length = self._l1_size(state) * 8

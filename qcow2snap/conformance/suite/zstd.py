@@ -14,7 +14,6 @@ _UNIT = 16  # bytes that `repeated` repeats
 
 # What Zstandard 1.5.7 made, at level 19, of content.lines(0, 4096): Huffman-coded literals, FSE-coded sequences, the
 # content's size in the frame's header, and a checksum behind it.
-RECORDED_SIZE = 4096
 RECORDED = base64.b85decode(
     b"D77#BWB?D%3IGPLN(!*$7$iwTY)s`kN&rg$LI6>N`Z~}@8(lQfLkk@=pr^xpv&}WrJhRL(gZVkgC!1U{$s>y#GLV-"
     b";e6ht9Q#`T65rg<R?5%Ar?W}ApaIj%-ZEI;~Wn;m9OFJtY3p@;aYg<b@D;o<O81~k-"
