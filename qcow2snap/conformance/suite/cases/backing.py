@@ -18,6 +18,14 @@ def overlay(image: Image) -> Image:
     return image
 
 
+def long_path(length: int, file_name: bytes) -> bytes:
+    """A path of so many bytes to a file in the same directory."""
+    steps, odd = divmod(length - len(file_name), 2)
+    path = b"." + b"/" * odd + b"/" + b"./" * (steps - 1) + file_name
+    assert len(path) == length
+    return path
+
+
 @case("backing-raw", "a raw backing file of the disk's size", Section.BACKING_FILE, Section.UNALLOCATED)
 def backing_raw(name: str) -> Image:
     image = Image(name, 64 * KIB)
@@ -138,10 +146,7 @@ def backing_name_at_end(name: str) -> Image:
 @case("backing-name-longest", "a name of 1023 bytes, the longest that there may be", Section.BACKING_FILE)
 def backing_name_longest(name: str) -> Image:
     image = Image(name, 64 * KIB)
-    file_name = f"{name}.base.raw".encode()
-    path = b"./" * ((1023 - len(file_name)) // 2) + file_name
-    path = (b"." + b"/" * (1024 - len(path)) + path[2:])[:1023] if len(path) < 1023 else path
-    assert len(path) == 1023
+    path = long_path(1023, f"{name}.base.raw".encode())
     return overlay(image.over_raw(image.lines(64 * KIB), name=path))
 
 
@@ -208,10 +213,7 @@ def refuse_backing_broken(name: str) -> Image:
 @case("refuse-backing-name-long", "a name of 1024 bytes", Section.BACKING_FILE)
 def refuse_backing_name_long(name: str) -> Image:
     image = Image(name, 64 * KIB)
-    file_name = f"{name}.base.raw".encode()
-    path = b"./" * ((1024 - len(file_name)) // 2) + file_name
-    path = b"." + b"/" * (1025 - len(path)) + path[2:] if len(path) < 1024 else path
-    assert len(path) == 1024
+    path = long_path(1024, f"{name}.base.raw".encode())
     return overlay(image.over_raw(image.lines(64 * KIB), name=path)).refuse("the name is longer than 1023 bytes")
 
 
