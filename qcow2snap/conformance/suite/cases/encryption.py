@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from formats import luks
 from formats import qcow2 as layout
 from formats.qcow2 import CryptMethod, HeaderExtensionType
 from qcow2snap.conformance.suite.builder import KIB, Image
@@ -27,12 +28,22 @@ def refuse_encrypted_luks(name: str) -> Image:
     image = Image(name, 64 * KIB)
     image.fields["crypt_method"] = CryptMethod.LUKS
     # A LUKS1 header without any key slot in use: nothing opens it.
-    slot = (0x0000DEAD).to_bytes(4, "big") + bytes(36) + (8).to_bytes(4, "big") + (4000).to_bytes(4, "big")
-    header = (
-        b"LUKS\xba\xbe\0\1" + b"aes".ljust(32, b"\0") + b"xts-plain64".ljust(32, b"\0") + b"sha256".ljust(32, b"\0")
+    slot = {"active": luks.KEY_SLOT_DISABLED, "iterations": 0, "salt": bytes(32)}
+    header = luks.PartitionHeader.build(
+        {
+            "version": 1,
+            "cipher-name": b"aes".ljust(32, b"\0"),
+            "cipher-mode": b"xts-plain64".ljust(32, b"\0"),
+            "hash-spec": b"sha256".ljust(32, b"\0"),
+            "payload-offset": 4096,
+            "key-bytes": 64,
+            "mk-digest": noise(3, 20),
+            "mk-digest-salt": noise(4, 32),
+            "mk-digest-iter": 1000,
+            "uuid": b"00000000-0000-4000-8000-000000000000".ljust(40, b"\0"),
+            "key-slots": [slot | {"key-material-offset": 8, "stripes": 4000}] * 8,
+        }
     )
-    header += (4096).to_bytes(4, "big") + (64).to_bytes(4, "big") + noise(3, 20) + noise(4, 32)
-    header += (1000).to_bytes(4, "big") + b"00000000-0000-4000-8000-000000000000".ljust(40, b"\0") + slot * 8
     offset = image.metadata(header.ljust(64 * KIB, b"\0"), "LUKS header")
     pointer = layout.FullDiskEncryptionExtension.build({"offset": offset, "length": 64 * KIB})
     image.extension(HeaderExtensionType.FULL_DISK_ENCRYPTION, pointer)
