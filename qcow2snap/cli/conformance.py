@@ -74,11 +74,7 @@ def show_command(name: str, output: str | None, as_json: bool, force: bool) -> N
         shown = {
             "name": case.name,
             "version": SUITE_VERSION,
-            "about": case.about,
-            "sections": [*case.sections],
-            "large": case.large,
-            "files": built.digests(),
-            "disks": [disk.json() for disk in built.disks],
+            **case.json(built),
             "layout": [region._asdict() for region in built.layout],
         }
         click.echo(json.dumps(shown, indent=4))

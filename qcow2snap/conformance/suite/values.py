@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qcow2snap.conformance.suite.content import Content
 
@@ -214,6 +214,16 @@ class Case:
     def build(self) -> Built:
         """The same bytes each time."""
         return self.make(self.name)
+
+    def json(self, built: Built) -> dict[str, Any]:
+        """What it covers, the digests of its files, and what is expected of its disks."""
+        return {
+            "about": self.about,
+            "sections": [*self.sections],
+            "large": self.large,
+            "files": built.digests(),
+            "disks": [disk.json() for disk in built.disks],
+        }
 
 
 def merged(entries: Iterator[MapEntry]) -> tuple[MapEntry, ...]:
