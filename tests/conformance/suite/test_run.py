@@ -185,9 +185,8 @@ def test_no_shell_sees_a_command_or_a_name(tmp_path: Path) -> None:
 def test_images_and_what_was_said_can_be_kept(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     conformance(f"{PLAIN} {{image}} {{output}}", "--keep", str(kept), cases=("backing-raw",))
-    assert sorted(path.name for path in (kept / "backing-raw").iterdir()) == [
-        "backing-raw.base.raw", "backing-raw.qcow2", "read-0.log", "read-0.out"
-    ][:3]  # fmt: skip
+    names_kept = sorted(path.name for path in (kept / "backing-raw").iterdir())
+    assert names_kept == ["backing-raw.base.raw", "backing-raw.qcow2", "read-0.log"]
     again = conformance(f"{PLAIN} {{image}} {{output}}", "--keep", str(kept), cases=("backing-raw",))
     assert again.returncode == 1
     assert "exists already" in again.stderr
