@@ -36,7 +36,7 @@ def junit(report: Report, most: int | None = None) -> str:
 
 def _tell(report: Report, rule: Rule, case: Xml.Element, most: int | None, *, is_error: bool) -> None:
     kind = "error" if is_error else "system-out" if rule.severity is Severity.ADVICE else "failure"
-    attributes = {} if kind == "system-out" else {"type": rule.severity.value, "message": f"{rule.sentence}"}
+    attributes = {} if kind == "system-out" else {"type": rule.severity.value, "message": rule.sentence}
     lines = [f"{report.numbers[rule]} x {rule.sentence} At risk: {risk(rule)}."]
     for finding in report.findings[:most]:
         if finding.rule is rule:
