@@ -64,7 +64,9 @@ def usage_of(node: Qcow2Node) -> ImageUsage:
 def measure(file: FileNode, header: ImageHeader, entries: Sequence[TableEntry]) -> ImageUsage:
     walk = references(file, header, entries)
     count = _Count(file, walk)
-    tables = _table_clusters([entry.raw for entry in entries], header)
+    cluster_size = header.cluster_size
+    table = -(-_table_size([used_size(entry.raw) for entry in entries]) // cluster_size)
+    tables_without = [-(-size // cluster_size) for size in _table_sizes_without_each(entries)]
     states: list[Usage | None] = []
     for number in range(len(walk.states)):
         if number in walk.left_out:
@@ -72,21 +74,28 @@ def measure(file: FileNode, header: ImageHeader, entries: Sequence[TableEntry]) 
             continue
         refer, used = count.refer(number), int(count.used[number])
         if number != ACTIVE:
-            shorter = tables - _table_clusters(
-                [e.raw for e in entries if e is not entries[number - 1]], header, now=False
-            )
-            refer, used = refer + max(0, shorter), used + max(0, shorter)
-        states.append(Usage(*(n * header.cluster_size for n in (refer, refer - used, used))))
-    return ImageUsage(states[ACTIVE], tuple(states[1:]), (count.by_snapshots + tables) * header.cluster_size)
+            shorter = max(0, table - tables_without[number - 1])
+            refer, used = refer + shorter, used + shorter
+        states.append(Usage(*(n * cluster_size for n in (refer, refer - used, used))))
+    return ImageUsage(states[ACTIVE], tuple(states[1:]), (count.by_snapshots + table) * cluster_size)
 
 
-def _table_clusters(entries: Sequence[bytes], header: ImageHeader, *, now: bool = True) -> int:
-    """Clusters of a snapshot table of these entries: as it stands, or as QEMU writes it, with all known extra data."""
-    size = 0
-    for raw in entries:
-        extra_data_size = int.from_bytes(raw[36:40], "big")
-        size += -size % 8 + used_size(raw) + (0 if now else max(0, _EXTRA_DATA_SIZE - extra_data_size))
-    return -(-size // header.cluster_size)
+def _table_size(sizes: Sequence[int]) -> int:
+    """Bytes of a snapshot table of entries of these sizes: each but the last is padded."""
+    return sum(size + -size % 8 for size in sizes) - (-sizes[-1] % 8 if sizes else 0)
+
+
+def _table_sizes_without_each(entries: Sequence[TableEntry]) -> list[int]:
+    """For each entry, bytes of the table of all others, as QEMU writes it: with all known extra data."""
+    sizes = []
+    for entry in entries:
+        extra_data_size = int.from_bytes(entry.raw[36:40], "big")
+        sizes.append(used_size(entry.raw) + max(0, _EXTRA_DATA_SIZE - extra_data_size))
+    if not sizes:
+        return []
+    whole = _table_size(sizes)
+    without_one = [whole - size - -size % 8 for size in sizes[:-1]]
+    return [*without_one, _table_size(sizes[:-1])]
 
 
 class _Count:
