@@ -139,7 +139,7 @@ class References:
                 see(number, entries)
             tally.add(number, offsets.view(np.int64))
             entry_budget -= len(offsets)
-        self.left_out = tuple(left_out)
+        self.left_out = frozenset(left_out)
         tables = tally.tables()
         is_inside = tables.offsets < self.file_size
         self.outside = tables.chosen(~is_inside)
