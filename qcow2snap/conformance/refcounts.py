@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from formats import qcow2 as layout
 from formats.qcow2 import RefcountTableEntry
 from qcow2snap.block.qcow2 import rules
+from qcow2snap.block.qcow2.refcount_bits import unpacked
 from qcow2snap.conformance.findings import Finding
 from qcow2snap.conformance.l2_batches import distinct
 from qcow2snap.conformance.references import words
@@ -17,7 +18,6 @@ from qcow2snap.conformance.subject import Region, Subject
 
 _OFFSET = np.uint64(RefcountTableEntry.mask("offset"))
 _RESERVED = np.uint64(RefcountTableEntry.mask("reserved"))
-_TYPES = {3: ">u1", 4: ">u2", 5: ">u4", 6: ">u8"}
 
 Counts = NDArray[np.unsignedinteger[Any]]
 
@@ -142,14 +142,8 @@ class RefcountStructures:
         width = 1 << self._order
         start, end = first * width // 8, -(-stop * width // 8)
         data = self._file.pread_available(offset + start, end - start)
-        if width < 8:
-            packed = np.frombuffer(data, np.uint8)
-            shifts = np.arange(0, 8, width, dtype=np.uint8)
-            unpacked = (packed[:, None] >> shifts) & np.uint8((1 << width) - 1)
-            skipped = first - start * 8 // width
-            return unpacked.reshape(-1)[skipped : skipped + stop - first]
-        size = width // 8
-        counts: Counts = np.frombuffer(data[: len(data) // size * size], _TYPES[self._order])
+        skipped = first - start * 8 // width
+        counts = unpacked(data, self._order)[skipped : skipped + stop - first]
         if self._order == 6 and not exact:
             counts = np.minimum(counts, np.uint64(0xFFFFFFFF))
         return counts

@@ -8,6 +8,7 @@ from formats import qcow2 as layout
 from formats.qcow2 import RefcountTableEntry
 from qcow2snap.block.file import FileNode
 from qcow2snap.block.qcow2.header import ImageHeader
+from qcow2snap.block.qcow2.refcount_bits import unpacked
 
 
 def has_preallocated_metadata(file: FileNode, header: ImageHeader) -> bool:
@@ -49,10 +50,5 @@ def has_preallocated_metadata(file: FileNode, header: ImageHeader) -> bool:
 def _nonzero(file: FileNode, offset: int, header: ImageHeader, nb_refcounts: int) -> int:
     """How many of the first refcounts of a block are not zero."""
     width = 1 << header.refcount_order
-    data = np.frombuffer(file.pread_available(offset, -(-nb_refcounts * width // 8)), dtype=np.uint8)
-    if width >= 8:
-        whole = len(data) // (width // 8) * (width // 8)
-        return int(data[:whole].reshape(-1, width // 8).any(axis=1).sum())
-    mask = np.uint8((1 << width) - 1)
-    refcounts = np.stack([data >> np.uint8(shift) & mask for shift in range(0, 8, width)], axis=1).reshape(-1)
-    return int(np.count_nonzero(refcounts[:nb_refcounts]))
+    data = file.pread_available(offset, -(-nb_refcounts * width // 8))
+    return int(np.count_nonzero(unpacked(data, header.refcount_order)[:nb_refcounts]))

@@ -22,11 +22,15 @@ def packed(refcounts: NDArray[Any], refcount_order: int) -> bytes:
     return joined.tobytes()
 
 
-def unpacked(data: bytes | bytearray | memoryview, refcount_order: int) -> NDArray[np.uint64]:
-    """The refcounts of a block, or of whole bytes of one."""
+def unpacked(data: bytes, refcount_order: int) -> NDArray[np.unsignedinteger[Any]]:
+    """The refcounts of a block, or of whole bytes of one, as wide as they are there; below a byte, a byte each.
+
+    Where the data ends within a refcount, that one is left out.
+    """
     if refcount_order >= 3:
-        return np.frombuffer(data, dtype=f">u{1 << refcount_order - 3}").astype(np.uint64)
+        size = 1 << refcount_order - 3
+        return np.frombuffer(data, dtype=f">u{size}", count=len(data) // size)
     width = 1 << refcount_order
     shifts = np.arange(0, 8, width, dtype=np.uint8)
     fields = np.frombuffer(data, dtype=np.uint8)[:, None] >> shifts & np.uint8((1 << width) - 1)
-    return fields.reshape(-1).astype(np.uint64)
+    return fields.reshape(-1)
