@@ -222,5 +222,5 @@ class Window:
 def windows(subject: Subject, structures: RefcountStructures) -> list[tuple[int, int]]:
     """The windows of a file, in order. One cluster more than it has: a structure may end in it."""
     nb_clusters = subject.nb_clusters + 1
-    size = max(1 << 20, (nb_clusters + _FIXED) // (6 if structures.maximum < 1 << 32 else 8))
+    size = max(1 << 20, (nb_clusters + _FIXED) // (6 if structures.maximum < 1 << 16 else 8))
     return [(start, min(start + size, nb_clusters)) for start in range(0, nb_clusters, size)]

@@ -10,9 +10,13 @@ from qcow2snap.block.file import FileNode
 from qcow2snap.block.node import ImageFormatError
 from qcow2snap.conformance import check as module
 from qcow2snap.conformance.check import Report, check
+from qcow2snap.conformance.counting import Window, windows
+from qcow2snap.conformance.findings import Findings
+from qcow2snap.conformance.header_rules import judge_header
 from qcow2snap.conformance.refcounts import RefcountStructures
 from qcow2snap.conformance.subject import Subject
 from tests.conformance.broken import BREAKS, Break
+from tests.conftest import NewImage
 
 CASES = {**BREAKS, **{name: Break(name) for name in ("sound", "many", "compressed-mixed", "preallocation-metadata")}}
 
@@ -39,3 +43,18 @@ def test_windows_change_nothing(case: str, size: int, tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(module, "windows", small)
     assert report(path) == whole
+
+
+@pytest.mark.parametrize("bits", [1, 16, 32, 64])
+def test_a_window_of_a_huge_file_takes_a_byte_for_each_cluster_and_144_mib(new_image: NewImage, bits: int) -> None:
+    image = new_image("1M", cluster_size=512, refcount_bits=bits).path
+    with image.open("r+b") as sparse:
+        sparse.truncate(1 << 36)
+    file, findings = FileNode(str(image)), Findings()
+    header = judge_header(file, findings)
+    assert header is not None
+    subject = Subject(file, header, findings)
+    structures = RefcountStructures(subject)
+    window = Window(subject, structures, *windows(subject, structures)[0])
+    assert window.counts.nbytes + window.refcounts.nbytes <= subject.nb_clusters + 1 + (144 << 20)
+    file.close()
