@@ -60,8 +60,12 @@ def find(snapshots: Sequence[SnapshotInfo], ref: str | None) -> SnapshotInfo:
 
 def shown(text: str) -> str:
     """A name or id for people: bytes that are not UTF-8, and control characters, escaped as \\xNN."""
-    encoded = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in encoded)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in json_text(text))
+
+
+def json_text(text: str) -> str:
+    """A name for JSON, which can hold all but bytes that are not UTF-8: these escaped as \\xNN."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _ambiguous(ref: str, parsed: SnapshotRef, fitting: list[SnapshotInfo]) -> str:

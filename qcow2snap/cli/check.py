@@ -11,7 +11,7 @@ from qcow2snap import __version__
 from qcow2snap.block.file import FileNode, Locking
 from qcow2snap.block.node import ImageFormatError
 from qcow2snap.block.qcow2.rules import RULES
-from qcow2snap.block.snapshot_ref import find
+from qcow2snap.block.snapshot_ref import find, json_text
 from qcow2snap.cli import options
 from qcow2snap.cli.progress import ProgressBar
 
@@ -79,8 +79,6 @@ def _check(
         report = report.about(report.states.index(chosen))
     _print(report, form, most)
     if report.check_errors:
-        from qcow2snap.cli.text import json_text
-
         stopping = next((finding for finding in report.findings if finding.stops), None)
         why = report.problems[0] if stopping is None else f"{stopping.message} ({stopping.rule.id})"
         print(f"qcow2snap: {image}: the check is not complete: {json_text(why)}", file=sys.stderr)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 
-from qcow2snap.forensics.listing import json_text as json_text
+from qcow2snap.block.snapshot_ref import json_text as json_text
 
 
 def size(nbytes: int) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from qcow2snap.block.node import SnapshotInfo
 from qcow2snap.block.qcow2.rules import RULES, Rule, Severity
+from qcow2snap.block.snapshot_ref import json_text
 from qcow2snap.conformance.advice import risk, stakes
 from qcow2snap.conformance.check import Report
 from qcow2snap.conformance.findings import Finding
@@ -41,7 +42,7 @@ def finding_fields(report: Report, finding: Finding) -> dict[str, Any]:
         "rule": finding.rule.id,
         "severity": finding.rule.severity.value,
         "section": finding.rule.section,
-        "message": text(finding.message),
+        "message": json_text(finding.message),
         "host-offset": finding.host_offset,
         "count": finding.times,
         "stops-qemu": finding.stops,
@@ -60,7 +61,7 @@ def finding_fields(report: Report, finding: Finding) -> dict[str, Any]:
 
 
 def _snapshot_fields(snapshot: SnapshotInfo) -> dict[str, str]:
-    return {"id": text(snapshot.id), "name": text(snapshot.name)}
+    return {"id": json_text(snapshot.id), "name": json_text(snapshot.name)}
 
 
 def rule_fields(rule: Rule) -> dict[str, Any]:
@@ -69,11 +70,6 @@ def rule_fields(rule: Rule) -> dict[str, Any]:
 
 def all_rules() -> list[dict[str, Any]]:
     return [{"id": rule.id, **rule_fields(rule)} for rule in RULES]
-
-
-def text(name: str) -> str:
-    """A text that JSON and XML can hold: bytes that are not UTF-8 as \\xNN."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _number(report: Report, severity: Severity) -> int:

@@ -6,9 +6,9 @@ import re
 from xml.etree import ElementTree as Xml
 
 from qcow2snap.block.qcow2.rules import RULES, Rule, Severity
+from qcow2snap.block.snapshot_ref import json_text
 from qcow2snap.conformance.advice import risk
 from qcow2snap.conformance.check import Report
-from qcow2snap.conformance.report_json import text
 from qcow2snap.conformance.report_text import where
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -47,4 +47,4 @@ def _tell(report: Report, rule: Rule, case: Xml.Element, most: int | None, *, is
 
 def _xml(name: str) -> str:
     """A text without the characters that XML cannot hold: these escaped."""
-    return _NOT_XML.sub(lambda match: f"\\x{ord(match[0]):02x}", text(name))
+    return _NOT_XML.sub(lambda match: f"\\x{ord(match[0]):02x}", json_text(name))

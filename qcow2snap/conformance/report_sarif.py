@@ -7,10 +7,11 @@ from typing import Any
 from urllib.parse import quote_from_bytes
 
 from qcow2snap.block.qcow2.rules import RULES, Rule, Severity
+from qcow2snap.block.snapshot_ref import json_text
 from qcow2snap.conformance.advice import risk
 from qcow2snap.conformance.check import Report
 from qcow2snap.conformance.findings import Finding
-from qcow2snap.conformance.report_json import finding_fields, text
+from qcow2snap.conformance.report_json import finding_fields
 from qcow2snap.conformance.report_text import where
 
 _LEVELS = {
@@ -29,7 +30,7 @@ def sarif_log(report: Report, version: str, most: int | None = None) -> dict[str
     invocation = {"executionSuccessful": not report.check_errors, "exitCode": report.exit_code}
     if report.problems:
         invocation["toolExecutionNotifications"] = [  # type: ignore[assignment]
-            {"level": "error", "message": {"text": text(problem)}} for problem in report.problems
+            {"level": "error", "message": {"text": json_text(problem)}} for problem in report.problems
         ]
     run = {
         "tool": {"driver": {"name": "qcow2snap", "version": version, "rules": [_rule(rule) for rule in RULES]}},
@@ -58,7 +59,7 @@ def _result(report: Report, finding: Finding, uri: str, index: int) -> dict[str,
         "ruleId": finding.rule.id,
         "ruleIndex": index,
         "level": _LEVELS[finding.rule.severity],
-        "message": {"text": text(f"{finding.message} [{touched}]" if touched else finding.message)},
+        "message": {"text": json_text(f"{finding.message} [{touched}]" if touched else finding.message)},
         "locations": [
             {
                 "physicalLocation": {

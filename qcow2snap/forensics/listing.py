@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qcow2snap.block.node import SnapshotInfo
+from qcow2snap.block.snapshot_ref import json_text
 
 
 def snapshot_json(snapshot: SnapshotInfo) -> dict[str, object]:
@@ -20,8 +21,3 @@ def snapshot_json(snapshot: SnapshotInfo) -> dict[str, object]:
     if snapshot.icount is not None:
         fields["icount"] = snapshot.icount
     return fields
-
-
-def json_text(text: str) -> str:
-    """A name for JSON, which can hold all but bytes that are not UTF-8: these escaped as \\xNN."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
