@@ -80,6 +80,10 @@ class Report(NamedTuple):
             return 1
         return 2 if self.corruptions else 3 if self.leaks else 0
 
+    def number_of(self, severity: Severity) -> int:
+        """All findings of rules of this severity."""
+        return sum(number for rule, number in self.numbers.items() if rule.severity is severity)
+
     def about(self, number: int) -> Report:
         """Only what touches one state, or stops QEMU whatever it wants of the image."""
         findings = tuple(f for f in self.findings if number in f.states or (f.stops and not f.states))

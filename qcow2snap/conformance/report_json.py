@@ -22,8 +22,8 @@ def report_fields(report: Report, most: int | None = None) -> dict[str, Any]:
         "check-errors": report.check_errors,
         "corruptions": report.corruptions,
         "leaks": report.leaks,
-        "violations": _number(report, Severity.VIOLATION),
-        "advice": _number(report, Severity.ADVICE),
+        "violations": report.number_of(Severity.VIOLATION),
+        "advice": report.number_of(Severity.ADVICE),
     }
     if report.figures is not None:
         fields |= {name.replace("_", "-"): value for name, value in report.figures._asdict().items()}
@@ -70,7 +70,3 @@ def rule_fields(rule: Rule) -> dict[str, Any]:
 
 def all_rules() -> list[dict[str, Any]]:
     return [{"id": rule.id, **rule_fields(rule)} for rule in RULES]
-
-
-def _number(report: Report, severity: Severity) -> int:
-    return sum(number for rule, number in report.numbers.items() if rule.severity is severity)

@@ -59,8 +59,8 @@ def _summary(report: Report) -> str:
     counts = {
         Severity.CORRUPTION: report.corruptions,
         Severity.LEAK: report.leaks,
-        Severity.VIOLATION: sum(n for rule, n in report.numbers.items() if rule.severity is Severity.VIOLATION),
-        Severity.ADVICE: sum(n for rule, n in report.numbers.items() if rule.severity is Severity.ADVICE),
+        Severity.VIOLATION: report.number_of(Severity.VIOLATION),
+        Severity.ADVICE: report.number_of(Severity.ADVICE),
     }
     parts = [f"{count} {_PLURALS[severity][count != 1]}" for severity, count in counts.items() if count]
     if report.check_errors:
