@@ -97,9 +97,7 @@ class Window:
 
     def judge_copied(self, batch: L2Batch) -> None:
         """COPIED bits of the active disk against the refcounts of this window."""
-        is_active = (batch.tables.active_counts > 0) & (
-            batch.tables.offsets != 0
-        )  # as QEMU, which skips an offset of 0
+        is_active = batch.is_active
         if not is_active.any():
             return
         wrong = np.zeros(batch.entries.shape, np.bool_)
