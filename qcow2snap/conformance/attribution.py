@@ -8,18 +8,16 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from formats.qcow2 import L1TableEntry
 from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.rules import Rule
 from qcow2snap.conformance.counting import Window
 from qcow2snap.conformance.findings import Finding, L2Place
 from qcow2snap.conformance.overlaps import Structures
 from qcow2snap.conformance.refcounts import RefcountStructures
-from qcow2snap.conformance.references import References
+from qcow2snap.conformance.references import L1_OFFSET, References
 from qcow2snap.conformance.subject import Subject
 from qcow2snap.conformance.table_rules import guest_place
 
-_OFFSET = np.uint64(L1TableEntry.mask("offset"))
 _OF_CLUSTERS = {  # rules whose findings are about a host cluster, whoever refers to it
     rules.REFCOUNT_TOO_LOW,
     rules.REFCOUNT_TOO_HIGH,
@@ -203,7 +201,7 @@ def _pointing(entries: NDArray[np.uint64], tables: NDArray[np.int64]) -> Iterato
     """Which of these tables L1 entries point to, each with the index of the first that does, of each piece."""
     for start in range(0, len(entries), _PIECE):
         piece = entries[start : start + _PIECE]
-        offsets = (piece & _OFFSET).view(np.int64)
+        offsets = (piece & L1_OFFSET).view(np.int64)
         nearest = tables[np.minimum(np.searchsorted(tables, offsets), len(tables) - 1)]
         indexes = np.flatnonzero((nearest == offsets) & (piece != 0))
         order = indexes[np.argsort(offsets[indexes], kind="stable")]

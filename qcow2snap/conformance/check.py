@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from qcow2snap.block.file import FileNode
 from qcow2snap.block.node import SnapshotInfo
 from qcow2snap.block.qcow2 import rules
@@ -23,7 +21,7 @@ from qcow2snap.conformance.findings import Finding, Findings
 from qcow2snap.conformance.header_rules import judge_encryption, judge_header
 from qcow2snap.conformance.overlaps import Structures
 from qcow2snap.conformance.refcounts import RefcountStructures
-from qcow2snap.conformance.references import ACTIVE, References, State
+from qcow2snap.conformance.references import ACTIVE, L1_OFFSET, References, State
 from qcow2snap.conformance.snapshot_rules import SnapshotEntries, judge_snapshots, judge_vm_states, read_snapshots
 from qcow2snap.conformance.subject import Region, Subject
 from qcow2snap.conformance.table_rules import L1Judge, judge_data_file_offsets, judge_l1_copied, judge_l2
@@ -199,7 +197,7 @@ class _Pass:
         """Where each active L2 table is in the L1 table."""
         if ACTIVE in self._walk.left_out:
             return {}
-        offsets = self._walk.states[ACTIVE].read_l1(self._subject.file) & np.uint64((1 << 56) - 512)
+        offsets = self._walk.states[ACTIVE].read_l1(self._subject.file) & L1_OFFSET
         return {offset: index for index, offset in enumerate(offsets.tolist()) if offset}
 
 

@@ -30,7 +30,7 @@ from qcow2snap.conformance.l2_batches import L2Batch, counted, read_batches
 
 ACTIVE = 0  # the first of the states
 
-_OFFSET = np.uint64(L1TableEntry.mask("offset"))
+L1_OFFSET = np.uint64(L1TableEntry.mask("offset"))
 # Bytes of L1 tables that one walk reads. A hostile image may have 65,536 of 32 MiB each.
 MAX_L1_BYTES = 1 << 30
 MAX_L1_ENTRIES = 16 << 20  # of them that are not zero: 100 snapshots of a full disk of 80 TiB
@@ -132,7 +132,7 @@ class References:
                 entries = offsets = _NOTHING  # 32 MiB each, that are not held while the next are made
                 entries = state.read_l1(file)
                 offsets = entries[entries != 0]
-                offsets &= _OFFSET
+                offsets &= L1_OFFSET
                 last = state.l1_table_offset, state.l1_size
                 budget -= entries.nbytes
             if see is not None:
@@ -164,7 +164,7 @@ class References:
         for number, state in enumerate(self.states):
             if number not in self.left_out:
                 entries = state.read_l1(self._file)
-                found = np.flatnonzero((entries & _OFFSET == np.uint64(l2_offset)) & (entries != 0))
+                found = np.flatnonzero((entries & L1_OFFSET == np.uint64(l2_offset)) & (entries != 0))
                 if len(found):
                     yield number, found.tolist()
 

@@ -15,7 +15,7 @@ from qcow2snap.block.qcow2 import rules
 from qcow2snap.block.qcow2.snapshot_table import TableEntry, TableWindow, parse_entry, used_size
 from qcow2snap.conformance.findings import Finding, short
 from qcow2snap.conformance.l2_batches import distinct
-from qcow2snap.conformance.references import References
+from qcow2snap.conformance.references import L1_OFFSET, References
 from qcow2snap.conformance.subject import Region, Subject
 
 _V3_EXTRA_DATA = 16  # bytes: up to byte 55 of the entry
@@ -220,7 +220,7 @@ class _Gaps:
     def first(self, entries: NDArray[np.uint64], length: int) -> int | None:
         """Which byte is the first, of so many that the entries of an L1 table are for, that is unallocated."""
         header = self._subject.header
-        offsets = (entries & np.uint64(layout.L1TableEntry.mask("offset"))).view(np.int64)
+        offsets = (entries & L1_OFFSET).view(np.int64)
         before = {0: 0} | {offset: self._before(offset) for offset in distinct(offsets).tolist() if offset}
         incomplete = [offset for offset, nbytes in before.items() if nbytes < header.l2_coverage]
         for index in np.flatnonzero(np.isin(offsets, incomplete))[:2].tolist():  # the last one need not be whole

@@ -13,21 +13,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from formats.qcow2 import L1TableEntry
 from qcow2snap.block.file import FileNode
 from qcow2snap.block.node import ImageInUse, UnsupportedFeature
 from qcow2snap.block.qcow2.driver import Qcow2Node
 from qcow2snap.block.qcow2.header import ImageHeader
 from qcow2snap.block.qcow2.snapshot_table import TableEntry, used_size
-from qcow2snap.conformance.references import ACTIVE, References, references
+from qcow2snap.conformance.references import ACTIVE, L1_OFFSET, References, references
 
 _WINDOW = 1 << 24  # host clusters that are looked at together, in at most 144 MiB: 1 TiB of clusters of 64 KiB
 _MAX_WINDOWS = 64  # in which there is something. Each costs a walk over all L2 tables
 _TRIES = 3  # of an image whose snapshots come and go meanwhile
 _NOBODY, _SHARED = -1, -2  # instead of the number of the state that has a cluster alone
 _EXTRA_DATA_SIZE = 24  # bytes that QEMU gives an entry at least when it writes a snapshot table
-
-_L1_OFFSET = np.uint64(L1TableEntry.mask("offset"))
 
 Clusters = NDArray[np.int64]  # numbers of host clusters
 Indexes = NDArray[np.intp]
@@ -135,7 +132,7 @@ class _Count:
 
     def _tables_of(self, number: int) -> tuple[Indexes, Indexes]:
         """For each L1 entry of a state that points to an L2 table in the file: which table, and the entry's index."""
-        offsets = (self._walk.states[number].read_l1(self._file) & _L1_OFFSET).astype(np.int64)
+        offsets = (self._walk.states[number].read_l1(self._file) & L1_OFFSET).astype(np.int64)
         known = self._walk.tables.offsets
         indexes = np.flatnonzero(offsets)
         found = np.searchsorted(known, offsets[indexes])
