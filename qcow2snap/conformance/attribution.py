@@ -107,7 +107,7 @@ class _Mismatches:
         self._findings.add_each(rules.METADATA_OVERLAP, 0, len(clusters), make)
 
     def _difference(self, rule: Rule, cluster: int, references: int | None) -> Finding:
-        names = sorted(region.what for region, _ in self._structures.at(cluster))
+        names = sorted(region.what for region in self._structures.at(cluster))
         if rule is rules.METADATA_OVERLAP:
             if len(names) == 1:
                 names.append("what an L2 entry points to")

@@ -31,13 +31,13 @@ class Structures:
         starts = [region.offset >> self._bits for region in self._regions]
         ends = [((region.offset + region.length - 1) >> self._bits) + 1 for region in self._regions]
         table_starts, table_ends = self._tables >> self._bits, (self._tables + size - 1 >> self._bits) + 1
-        self.starts = np.concatenate((np.array(starts, np.int64), table_starts, self._blocks, self._bits_of_bitmaps))
-        self.ends = np.concatenate((np.array(ends, np.int64), table_ends, self._blocks + 1, self._bits_of_bitmaps + 1))
+        self._starts = np.concatenate((np.array(starts, np.int64), table_starts, self._blocks, self._bits_of_bitmaps))
+        self._ends = np.concatenate((np.array(ends, np.int64), table_ends, self._blocks + 1, self._bits_of_bitmaps + 1))
         self.overlaps = self._overlaps()  # clusters that two structures take, in order
 
     def _overlaps(self) -> list[int]:
-        order = np.argsort(self.starts, kind="stable")
-        starts, ends = self.starts[order], self.ends[order]
+        order = np.argsort(self._starts, kind="stable")
+        starts, ends = self._starts[order], self._ends[order]
         reached = np.maximum.accumulate(ends)[:-1]
         found: set[int] = set()
         for index in np.flatnonzero(starts[1:] < reached).tolist():
@@ -47,23 +47,21 @@ class Structures:
                 break
         return sorted(found)[:_MOST]
 
-    def at(self, cluster: int) -> list[tuple[Region, bool]]:
-        """What takes a cluster; and whether that is an L2 table."""
-        result: list[tuple[Region, bool]] = []
-        for index in np.flatnonzero((self.starts <= cluster) & (cluster < self.ends)).tolist():
-            result.append(self._region(index))
-        return result
+    def at(self, cluster: int) -> list[Region]:
+        """What takes a cluster."""
+        indexes = np.flatnonzero((self._starts <= cluster) & (cluster < self._ends))
+        return [self._region(index) for index in indexes.tolist()]
 
-    def _region(self, index: int) -> tuple[Region, bool]:
+    def _region(self, index: int) -> Region:
         nb_regions, size = len(self._regions), 1 << self._bits
         if index < nb_regions:
             region = self._regions[index]
-            return self._names[region.offset, region.length], False
+            return self._names[region.offset, region.length]
         index -= nb_regions
         if index < len(self._tables):
-            return Region(int(self._tables[index]), size, "an L2 table"), True
+            return Region(int(self._tables[index]), size, "an L2 table")
         index -= len(self._tables)
         if index < len(self._blocks):
-            return Region(int(self._blocks[index]) << self._bits, size, "a refcount block"), False
+            return Region(int(self._blocks[index]) << self._bits, size, "a refcount block")
         index -= len(self._blocks)
-        return Region(int(self._bits_of_bitmaps[index]) << self._bits, size, "a cluster of a bitmap"), False
+        return Region(int(self._bits_of_bitmaps[index]) << self._bits, size, "a cluster of a bitmap")
