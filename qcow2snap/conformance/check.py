@@ -21,7 +21,7 @@ from qcow2snap.conformance.findings import Finding, Findings
 from qcow2snap.conformance.header_rules import judge_encryption, judge_header
 from qcow2snap.conformance.overlaps import Structures
 from qcow2snap.conformance.refcounts import RefcountStructures
-from qcow2snap.conformance.references import ACTIVE, L1_OFFSET, References, State
+from qcow2snap.conformance.references import ACTIVE, L1_OFFSET, References, State, all_states
 from qcow2snap.conformance.snapshot_rules import SnapshotEntries, judge_snapshots, judge_vm_states, read_snapshots
 from qcow2snap.conformance.subject import Region, Subject
 from qcow2snap.conformance.table_rules import L1Judge, judge_data_file_offsets, judge_l1_copied, judge_l2
@@ -111,8 +111,7 @@ def check(file: FileNode, options: Options = Options()) -> Report:  # noqa: B008
     subject = Subject(file, header, findings)
     subject.takes(Region(0, header.cluster_size, "the header"), rules.HEADER_COMPLETE)
     snapshots = read_snapshots(subject)
-    states = [State(None, header.l1_table_offset, header.l1_size)]
-    states += [State(entry.info, entry.l1_table_offset, entry.l1_size) for entry in snapshots.entries]
+    states = all_states(header, snapshots.entries)
     _judge_active_l1(subject, states[ACTIVE])
     judge_snapshots(subject, snapshots.entries)
     judge_encryption(subject)

@@ -171,8 +171,13 @@ class References:
 
 def references(file: FileNode, header: ImageHeader, entries: Sequence[TableEntry]) -> References:
     """What the active disk and the snapshots of these table entries refer to."""
+    return References(file, header, all_states(header, entries))
+
+
+def all_states(header: ImageHeader, entries: Sequence[TableEntry]) -> list[State]:
+    """The active disk and the snapshots of these table entries."""
     active = State(None, header.l1_table_offset, header.l1_size)
-    return References(file, header, [active, *(State(e.info, e.l1_table_offset, e.l1_size) for e in entries)])
+    return [active, *(State(entry.info, entry.l1_table_offset, entry.l1_size) for entry in entries)]
 
 
 class _Tally:
