@@ -155,19 +155,6 @@ class References:
         """Every L2 table once, in the order of their host offsets, some at a time. Each call reads them anew."""
         return read_batches(self._file, self.header, self.tables, self.file_size)
 
-    def states_of(self, l2_offset: int) -> list[int]:
-        """The numbers of all states whose L1 table points there. Reads the L1 tables again: for what is reported."""
-        return [number for number, _ in self.l1_entries_of(l2_offset)]
-
-    def l1_entries_of(self, l2_offset: int) -> Iterator[tuple[int, list[int]]]:
-        """States whose L1 table points there, each with the indexes of the entries that do."""
-        for number, state in enumerate(self.states):
-            if number not in self.left_out:
-                entries = state.read_l1(self._file)
-                found = np.flatnonzero((entries & L1_OFFSET == np.uint64(l2_offset)) & (entries != 0))
-                if len(found):
-                    yield number, found.tolist()
-
 
 def references(file: FileNode, header: ImageHeader, entries: Sequence[TableEntry]) -> References:
     """What the active disk and the snapshots of these table entries refer to."""
