@@ -31,21 +31,16 @@ class Fleecing:
              target's file that was made here is removed then: nobody else knows what is where in it
     """
 
-    def __init__(
-        self, disk: str | BlockNode, target: str | BlockNode, *, raw: bool = False, force: bool = False, **options: Any
-    ) -> None:
-        """Each child is the name of a raw file, or a node. The target's file is made if there is none.
+    def __init__(self, disk: BlockNode, target: str | BlockNode, *, force: bool = False, **options: Any) -> None:
+        """The target is a node, or the name of a raw file, which is made if there is none.
 
-        `force` overwrites what there is in the target, but never what somebody uses. `raw`: the disk is raw whatever it
-        looks like. Other options: those of CopyBeforeWriteNode.
+        `force` overwrites what there is in the target, but never what somebody uses. Other options: those of
+        CopyBeforeWriteNode.
         """
         with ExitStack() as opened:
-            for child in (target, disk):
-                if isinstance(child, BlockNode):
-                    opened.callback(child.close)
-            if isinstance(disk, str):
-                disk = open_disk(disk, "raw" if raw else None)
-                opened.callback(disk.close)
+            if isinstance(target, BlockNode):
+                opened.callback(target.close)
+            opened.callback(disk.close)
             if isinstance(target, str):
                 _check_are_two(disk, target)
                 target = RawNode(_open_target(target, disk.size, force, opened))
