@@ -7,13 +7,12 @@ import click
 from qcow2snap.block.graph import OpenOptions, open_writable
 from qcow2snap.block.sizes import parse_size
 from qcow2snap.cli import options
-from qcow2snap.cli.snapshot import allow_path_option
 
 
 @click.command("resize")
 @options.image_argument
 @click.argument("size", metavar="[+]SIZE")
-@allow_path_option
+@options.allow_path_option
 def command(image: str, size: str, allow_paths: tuple[str, ...]) -> None:
     """Make the disk of IMAGE larger: SIZE bytes, or as many more with a plus. What is new reads as zeros.
 

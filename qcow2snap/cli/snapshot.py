@@ -18,14 +18,6 @@ from qcow2snap.forensics.listing import snapshot_json
 if TYPE_CHECKING:
     from qcow2snap.block.qcow2.writing.node import WritableQcow2Node
 
-allow_path_option = click.option(
-    "--allow-path",
-    "allow_paths",
-    metavar="DIR",
-    multiple=True,
-    help="Also follow backing files in this directory. Repeatable.",
-)
-
 
 @click.group("snapshot", context_settings={"help_option_names": ["-h", "--help"]})
 def command() -> None:
@@ -39,10 +31,10 @@ command.add_command(list_command, "list")
 
 
 def _command(name: str, short_help: str) -> Callable[[Callable[..., Any]], click.Command]:
-    """A command on an image, with the option that lets backing files be followed."""
+    """A command on an image, with the option that lets backing and data files be followed."""
 
     def decorated(function: Callable[..., Any]) -> click.Command:
-        return command.command(name, short_help=short_help)(options.image_argument(allow_path_option(function)))
+        return command.command(name, short_help=short_help)(options.image_argument(options.allow_path_option(function)))
 
     return decorated
 
