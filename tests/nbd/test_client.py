@@ -21,7 +21,6 @@ from qcow2snap.nbd.client.copy import copy
 from qcow2snap.nbd.framing import EXTENDED_HEADERS, SIMPLE_REPLIES, STRUCTURED_REPLIES, Framing
 from qcow2snap.nbd.uri import URI
 from tests.nbd.support import NewNode, Serve, ZeroNode, exports
-from tests.nbd.test_newer_peers import peers  # noqa: F401  # a fixture
 from tests.support import require
 
 FRAMINGS = [SIMPLE_REPLIES, STRUCTURED_REPLIES, EXTENDED_HEADERS]

@@ -16,7 +16,6 @@ from tests.nbd.fleecing import CLUSTER, SIZE, Fleece, MiB, QemuGraph, copy, libn
 from tests.nbd.nbdkit import Nbdkit, Start
 from tests.nbd.serving import Serving
 from tests.nbd.support import run as output
-from tests.nbd.test_newer_peers import peers  # noqa: F401  # a fixture
 from tests.nbd.test_tls import make_certificates
 from tests.support import qemu_img, qemu_io, require
 from tests.support import run as cli
@@ -124,7 +123,7 @@ def test_any_schedule_has_the_answers_of_a_newer_qemu(
     disk: Path,
     tmp_path: Path,
     qemu_graph: QemuGraph,
-    peers: Path,  # noqa: F811
+    peers: Path,
     seed: int,
 ) -> None:
     """Which reads such a snapshot right, and takes parts of clusters back as well."""

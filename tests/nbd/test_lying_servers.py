@@ -21,7 +21,6 @@ from qcow2snap.nbd.client.negotiation import ClientNegotiation
 from qcow2snap.nbd.client.replies import Steps
 from qcow2snap.nbd.client.transmission import Transmission
 from qcow2snap.nbd.framing import EXTENDED_HEADERS, SIMPLE_REPLIES, STRUCTURED_REPLIES, Framing
-from tests.nbd.test_newer_peers import peers  # noqa: F401  # a fixture
 
 FRAMINGS = [SIMPLE_REPLIES, STRUCTURED_REPLIES, EXTENDED_HEADERS]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
 from contextlib import suppress
@@ -14,18 +13,8 @@ from qcow2snap.block.node import BlockNode, Extent, NBDError
 from qcow2snap.nbd import contexts
 from qcow2snap.nbd.client import Client
 from tests.nbd.support import NewNode, Serve, ZeroNode, exports, run
-from tests.support.tools import REPOSITORY
 
-PEERS = REPOSITORY / ".peers" / "bin"
 ODD_SIZE = (5 << 40) + 123  # bytes: over 4 GiB, and its tail is no round size
-
-
-@pytest.fixture
-def peers() -> Path:
-    """The folder of the newer programs. Without it the test is skipped, but where CI=true it fails."""
-    if not (PEERS / "nbdinfo").exists():
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("make test gets the newer peers; see .peers")
-    return PEERS
 
 
 def uri(serve: Serve, node: BlockNode) -> str:

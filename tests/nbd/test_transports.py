@@ -25,11 +25,12 @@ from tests.nbd.serving import Serving
 from tests.nbd.support import ZeroNode, exports
 from tests.nbd.support import run as output
 from tests.nbd.test_server import SYSTEM_PYTHON
-from tests.nbd.test_workers import is_alive, until
+from tests.nbd.test_workers import is_alive
 from tests.nbd.wire import handshake, packed, read
 from tests.support import Image, Result, require
 from tests.support.processes import process_tree
 from tests.support.tools import REPOSITORY
+from tests.support.waiting import until
 
 NewImage = Callable[..., Image]
 

@@ -13,7 +13,6 @@ from qcow2snap.block.node import NBDError
 from qcow2snap.nbd import uri as nbd_uri
 from qcow2snap.nbd.uri import URI, TLSParameters
 from tests.nbd.support import Serve, ZeroNode, exports
-from tests.nbd.test_newer_peers import peers  # noqa: F401  # a fixture
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 

@@ -25,7 +25,6 @@ from qcow2snap.nbd.transmission import Request
 from tests.nbd.serving import Serving
 from tests.nbd.support import Serve, connected, exports, run
 from tests.nbd.test_negotiation import Session
-from tests.nbd.test_newer_peers import peers  # noqa: F401  # a fixture
 from tests.nbd.test_transmission import EACH, FRAMINGS, WAYS, Way, quickly, slowly
 from tests.nbd.wire import Answer, ask, handshake, packed, read, understand
 from tests.support import qemu_io, require
@@ -370,7 +369,7 @@ def test_serve_does_not_guess_what_it_writes_and_writes_nothing_that_others_writ
         assert (refused.returncode, reason in refused.stderr) == (code, True)
 
 
-def test_newer_peers_write_with_extended_headers(peers: Path, uri: str, path: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_newer_peers_write_with_extended_headers(peers: Path, uri: str, path: Path, tmp_path: Path) -> None:
     content = sparse(tmp_path)
     run(peers / "nbdcopy", tmp_path / "source", uri)
     assert path.read_bytes()[: len(content)] == content
