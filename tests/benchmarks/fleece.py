@@ -10,14 +10,13 @@ import filecmp
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from tests.benchmarks import images, pairs, servers
+from tests.benchmarks import fio, images, pairs, servers
 
 
 class Load(NamedTuple):
@@ -128,20 +127,8 @@ def _measure(load: Load, before: Path, folder: Path, graph: Graph) -> pairs.Run:
         server.wait()
         command = _fio(load, server.uri_of("guest"), before)
         if not load.backup:
-            report = subprocess.run(command, capture_output=True, text=True)
-            if report.returncode:
-                raise pairs.BenchmarkError(f"fio: {report.stderr.strip()}")
-            job = json.loads(report.stdout[report.stdout.index("{") :])["jobs"][0]
-            return pairs.Run(float(job["write"]["iops"]), server.pss())
-        guest = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            seconds = pairs.run(["nbdcopy", "--connections=1", server.uri_of("backup"), "null:"]).figure
-            if guest.poll() is not None:
-                raise pairs.BenchmarkError("fio ended before the snapshot was read")
-            return pairs.Run(seconds, server.pss())
-        finally:
-            guest.kill()
-            guest.wait()
+            return pairs.Run(float(fio.job(command)["write"]["iops"]), server.pss())
+        return fio.read_beside(command, server.uri_of("backup"), server)
 
 
 def _fio(load: Load, uri: str, disk: Path) -> list[str]:

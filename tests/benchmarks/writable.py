@@ -6,16 +6,14 @@ Ahead of all runs ours is written by fio with checksums in the data, which fio t
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from tests.benchmarks import images, pairs, servers
+from tests.benchmarks import fio, images, pairs, servers
 
 
 class Load(NamedTuple):
@@ -88,14 +86,9 @@ def _measure(options: list[str], size: int, setting: servers.Setting) -> pairs.R
         return pairs.Run(float(job["write"]["iops"]), server.pss())
 
 
-def _fio(options: list[str], size: int) -> dict[str, dict[str, float]]:
+def _fio(options: list[str], size: int) -> dict[str, Any]:
     command = ["fio", "--name=writer", f"--size={size}", "--randseed=1", "--output-format=json", *options]
-    report = subprocess.run(command, capture_output=True, text=True)
-    if report.returncode:
-        raise pairs.BenchmarkError(f"fio: {report.stderr.strip() or report.stdout.strip()}")
-    [job] = json.loads(report.stdout[report.stdout.index("{") :])["jobs"]
-    result: dict[str, dict[str, float]] = job
-    return result
+    return fio.job(command)
 
 
 def _check(setting: servers.Setting, disk: Path, size: int) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from tests.benchmarks import images, pairs, servers
+from tests.benchmarks import fio, images, pairs, servers
 
 
 class Load(NamedTuple):
@@ -96,22 +96,10 @@ def _measure(
         server = stack.enter_context(servers.Server(setting)).wait()
         command = _fio(load, server.uri, quick)
         if not load.read:
-            report = subprocess.run(command, capture_output=True, text=True)
-            job = json.loads(report.stdout[report.stdout.index("{") :])["jobs"][0]
-            if report.returncode or job["error"]:
-                raise pairs.BenchmarkError(f"fio: {report.stderr.strip()}, error {job['error']}")
-            return pairs.Run(float(job["write"]["iops"]), server.pss())
+            return pairs.Run(float(fio.job(command)["write"]["iops"]), server.pss())
         second = server if reader is None else stack.enter_context(servers.Server(reader)).wait()
         uri = second.uri if reader is not None else server.uri_of(images.SNAPSHOT)
-        guest = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            seconds = pairs.run(["nbdcopy", "--connections=1", uri, "null:"]).figure
-            if guest.poll() is not None:
-                raise pairs.BenchmarkError("fio ended before the snapshot was read")
-            return pairs.Run(seconds, server.pss())
-        finally:
-            guest.kill()
-            guest.wait()
+        return fio.read_beside(command, uri, server)
 
 
 def _fio(load: Load, uri: str, quick: bool) -> list[str]:
