@@ -12,7 +12,7 @@ import click
 from qcow2snap.block.node import FileError
 from qcow2snap.cli import options
 from qcow2snap.cli.progress import ProgressBar
-from qcow2snap.cli.terminable import terminable
+from qcow2snap.cli.terminable import stopped_by_signals
 
 if TYPE_CHECKING:
     from qcow2snap.conformance.suite.command import ReaderCommand
@@ -188,7 +188,7 @@ def run_command(
         jobs=jobs or len(os.sched_getaffinity(0)),
         keep=None if keep is None else _new_directory(Path(keep)),
     )
-    with terminable(), ProgressBar("conformance", len(chosen), counted=True) as bar:
+    with stopped_by_signals(runner.stop), ProgressBar("conformance", len(chosen), counted=True) as bar:
         checks = runner.run(chosen, bar.advance)
     if form == "text":
         click.echo("\n".join(report.text(checks)))

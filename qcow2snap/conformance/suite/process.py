@@ -14,9 +14,8 @@ import resource
 import select
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -54,11 +53,11 @@ class Ended(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Seconds; bytes of memory, 0 for no limit; and an event that ends all that runs, as if its time were up."""
+    """Seconds; bytes of memory, 0 for no limit; and what tells that all that runs is to end, as if its time were up."""
 
     timeout: float
     memory: int
-    stop: threading.Event
+    stopped: Callable[[], bool]
 
 
 def run_limited(
@@ -111,7 +110,7 @@ def _watch(pid: int, limits: Limits, deadline: float) -> End | None:
         poll.register(handle, select.POLLIN)
         while True:
             left = deadline - time.monotonic()
-            if left <= 0 or limits.stop.is_set():
+            if left <= 0 or limits.stopped():
                 return End.TIMEOUT
             if poll.poll(min(_LOOK_EVERY, left) * 1000):
                 return None

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -22,6 +21,7 @@ from qcow2snap.conformance.suite.values import Built, Case, Disk, Section
 
 _MAP_LIMIT = 64 << 20  # bytes of a map
 _OUTPUT_SLACK = 1 << 20  # bytes that an output may be too long, to be told from one without end
+_HEAR_EVERY = 0.2  # seconds
 
 
 class Outcome(Enum):
@@ -91,7 +91,8 @@ class Runner:
     ) -> None:
         self._readers = [("read", reader)] if reader else []
         self._readers += [("map", map_reader)] if map_reader else []
-        self._limits = Limits(timeout, memory, threading.Event())
+        self._stopped = False
+        self._limits = Limits(timeout, memory, lambda: self._stopped)
         self._jobs = jobs
         self._keep = keep
 
@@ -103,17 +104,29 @@ class Runner:
         checks: list[Check] = []
         pool = ThreadPoolExecutor(self._jobs)
         try:
-            for found in pool.map(self._run_case, cases):
-                checks += found
+            for future in [pool.submit(self._run_case, case) for case in cases]:
+                # With a limit: a signal that comes just before a wait without one is not heard before that ends.
+                while wait([future], timeout=_HEAR_EVERY).not_done:
+                    pass
+                checks += future.result()
                 on_progress(1)
         except BaseException:
-            self._limits.stop.set()
+            self.stop()
             raise
         finally:
             pool.shutdown(cancel_futures=True)
         return checks
 
+    def stop(self) -> None:
+        """End the readers that are running, and `run` with them: nothing of what it returns says anything then.
+
+        Takes no lock, so that a signal handler may call it.
+        """
+        self._stopped = True
+
     def _run_case(self, case: Case) -> list[Check]:
+        if self._stopped:
+            return []
         built = case.build()
         with self._directory(case) as directory:
             image = built.write(directory)
@@ -122,6 +135,7 @@ class Runner:
                 for disk in built.disks
                 for what, command in self._readers
                 if what == "read" or disk.map is not None
+                if not self._stopped
             ]
 
     @contextmanager
