@@ -107,6 +107,27 @@ def why_unknown(info: BitmapInfo, header: ImageHeader) -> str | None:
     return None
 
 
+def read_bitmap_table(file: FileNode, header: ImageHeader, info: BitmapInfo) -> array[int]:
+    """Where the bits of a bitmap are. UnsupportedFeature if they are more than QEMU takes, too."""
+    size = info.table_size
+    if size > layout.MAX_BITMAP_TABLE_SIZE or size * header.cluster_size > layout.MAX_BITMAP_DATA_SIZE:
+        raise UnsupportedFeature(f"{file.filename}: the bits of dirty bitmap {info.name!a} take more than 512 MiB")
+    if info.table_offset % header.cluster_size:
+        what = f"has its table at {info.table_offset:#x}, no cluster boundary"
+        raise _broken(file, info, rules.BITMAP_TABLE, info.host_offset, what)
+    data = file.pread_available(info.table_offset, 8 * size)
+    if len(data) < 8 * size:
+        what = "has a table that reaches beyond the end of the file"
+        raise _broken(file, info, rules.BITMAP_TABLE, info.host_offset, what)
+    return words(data)
+
+
+def _broken(file: FileNode, info: BitmapInfo, rule: rules.Rule, host_offset: int, what: str) -> ImageFormatError:
+    error = rule.broken(host_offset, f"dirty bitmap {info.name!a} {what}")
+    error.filename = file.filename
+    return error
+
+
 class DirtyBitmap:
     """The contents of one bitmap.
 
@@ -123,24 +144,15 @@ class DirtyBitmap:
         self._cluster_size = header.cluster_size
         self._size = header.size
         self._coverage = header.cluster_size * 8 * info.granularity  # guest bytes that a cluster of bits stands for
-        self._table = self._read_table(-(-header.size // self._coverage))
+        self._table = self._read_table(header)
         self.nbytes = 300 + 8 * len(self._table)
 
-    def _read_table(self, needed: int) -> array[int]:
-        info, file, where = self._info, self._file, self._info.host_offset
-        if info.table_size != needed:
-            what = f"has {info.table_size} table entries, where its disk and granularity need {needed}"
-            raise self._broken(rules.BITMAP_TABLE, where + 8, what)
-        if needed > layout.MAX_BITMAP_TABLE_SIZE or needed * self._cluster_size > layout.MAX_BITMAP_DATA_SIZE:
-            raise UnsupportedFeature(f"{file.filename}: the bits of dirty bitmap {info.name!a} take more than 512 MiB")
-        if info.table_offset % self._cluster_size:
-            raise self._broken(
-                rules.BITMAP_TABLE, where, f"has its table at {info.table_offset:#x}, no cluster boundary"
-            )
-        data = file.pread_available(info.table_offset, 8 * needed)
-        if len(data) < 8 * needed:
-            raise self._broken(rules.BITMAP_TABLE, where, "has a table that reaches beyond the end of the file")
-        return words(data)
+    def _read_table(self, header: ImageHeader) -> array[int]:
+        needed = -(-header.size // self._coverage)
+        if self._info.table_size != needed:
+            what = f"has {self._info.table_size} table entries, where its disk and granularity need {needed}"
+            raise _broken(self._file, self._info, rules.BITMAP_TABLE, self._info.host_offset + 8, what)
+        return read_bitmap_table(self._file, header, self._info)
 
     def dirty(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """Offset and length of each dirty run in a range of the disk, in order, none touching the next."""
@@ -193,13 +205,8 @@ class DirtyBitmap:
 
     def _entry_broken(self, index: int, what: str) -> ImageFormatError:
         where = self._info.table_offset + 8 * index
-        error = self._broken(rules.BITMAP_TABLE_ENTRY, where, f"has table entry {index}: {what}")
+        error = _broken(self._file, self._info, rules.BITMAP_TABLE_ENTRY, where, f"has table entry {index}: {what}")
         error.guest_range = index * self._coverage, min(self._coverage, self._size - index * self._coverage)
-        return error
-
-    def _broken(self, rule: rules.Rule, host_offset: int, what: str) -> ImageFormatError:
-        error = rule.broken(host_offset, f"dirty bitmap {self._info.name!a} {what}")
-        error.filename = self._file.filename
         return error
 
 

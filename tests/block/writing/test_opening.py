@@ -131,6 +131,37 @@ def test_a_dirty_image_whose_bitmap_lost_its_table_is_refused(new_image: NewImag
         open_writable(str(path))
 
 
+def test_a_dirty_image_whose_bitmap_has_a_table_of_an_impossible_size_is_refused(new_image: NewImage) -> None:
+    image = new_image("1M", lazy_refcounts=True)
+    qemu_img("bitmap", "--add", image.path, "b")
+    with writing(image.path) as node:
+        (info,) = read_bitmap_directory(node.file, node.header)
+    image.patch(info.host_offset + 8, b"\xff" * 4)  # bitmap_table_size: 32 GiB of entries
+    image.patch(INCOMPATIBLE, struct.pack(">Q", DIRTY))
+    with pytest.raises(UnsupportedFeature, match=f"{image.path.name}: .* 'b' take more than 512 MiB"):
+        open_writable(str(image.path))
+
+
+def test_a_dirty_image_that_refers_to_the_cluster_behind_the_end_of_the_file_is_refused(new_image: NewImage) -> None:
+    """A file ends within its last cluster at the earliest; qemu-img check says the same of these two."""
+    for beyond in (0, 1):
+        image = new_image("1M", name=f"{beyond}.qcow2", lazy_refcounts=True).write(0, 65536).write(65536, 65536)
+        path = image.path
+        last = -(-path.stat().st_size // 65536) - 1
+        with path.open("rb+") as file:
+            file.truncate((last << 16) + 3)
+        image.patch(_l2_entry(path), struct.pack(">Q", 1 << 63 | last + beyond << 16))
+        image.patch(_l2_entry(path) + 8, bytes(8)).patch(INCOMPATIBLE, struct.pack(">Q", DIRTY))
+        judged = json.loads(qemu_img("check", "--output=json", image.copy("judged.qcow2"), check=False).stdout)
+        assert (judged.get("corruptions", 0) > 0) == bool(beyond)
+        if beyond:
+            with pytest.raises(ImageFormatError, match=f"cluster {last + 1} is referred to, beyond the end"):
+                open_writable(str(path))
+        else:
+            open_writable(str(path)).close()
+            assert is_sound(path)
+
+
 def test_a_dirty_image_is_not_repaired_by_a_reader(new_image: NewImage) -> None:
     path = new_image("1M", lazy_refcounts=True).path
     qemu_io(path, "write 0 65536", "flush", "abort", check=False)
@@ -214,6 +245,28 @@ def test_an_entry_that_cannot_be_right_is_named_by_its_place(
             "write": lambda: node.pwritev(3 << 16, [memoryview(b"x" * 512)]),
             "zeroes": lambda: node.pwrite_zeroes(0, 1 << 20),
             "discard": lambda: node.pdiscard(0, 1 << 20),
+        }[change]
+        with pytest.raises(ImageFormatError, match=f"none that the disk can have.*{where:#x}"):
+            do()
+    assert qemu_info(path)["format-specific"]["data"]["corrupt"] is True
+
+
+@pytest.mark.parametrize("change", ["write", "write elsewhere", "zeroes", "discard"])
+def test_a_subcluster_that_is_both_data_and_zeros_is_refused_as_by_a_read(new_image: NewImage, change: str) -> None:
+    image = new_image("1M", extended_l2=True).write(0, 65536)
+    path = image.path
+    where = _l2_entry(path)
+    image.patch(where + 8, struct.pack(">Q", 1 << 32 + 3 | 0xFFFFFFFF))
+    reader = open_image(str(path))
+    with pytest.raises(ImageFormatError):
+        reader.pread(0, 512)
+    reader.close()
+    with writing(path) as node:
+        do = {
+            "write": lambda: node.pwritev(3 << 11, [memoryview(b"x" * 512)]),
+            "write elsewhere": lambda: node.pwritev(9 << 11, [memoryview(b"x" * 512)]),
+            "zeroes": lambda: node.pwrite_zeroes(9 << 11, 2048),
+            "discard": lambda: node.pdiscard(0, 65536),
         }[change]
         with pytest.raises(ImageFormatError, match=f"none that the disk can have.*{where:#x}"):
             do()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qcow2snap.block.node import NotSupported
+from qcow2snap.block.node import NoSpace, NotSupported
 from qcow2snap.block.qcow2.header import read_header
 from qcow2snap.block.qcow2.writing.image_file import ImageFile
 from qcow2snap.block.qcow2.writing.metadata import Metadata
@@ -97,6 +97,15 @@ def test_one_allocation_may_be_larger_than_all_that_the_table_describes(new_imag
         metadata.commit()
         metadata.commit()
     assert check(image.path) == {"leaks": 100_000}
+
+
+def test_no_cluster_is_given_out_where_no_entry_could_say_it_is(new_image: NewImage) -> None:
+    """A host offset has 56 bits."""
+    image = new_image("1M", refcount_bits=1, cluster_size=2 << 20)
+    with metadata_of(image.path) as metadata, metadata.lock:
+        metadata.refcounts.look_from((1 << 56 - 21) - 1)
+        with pytest.raises(NoSpace):
+            metadata.allocate(2 << 21)
 
 
 def test_what_is_released_is_not_given_out_before_a_commit(new_image: NewImage) -> None:

@@ -48,20 +48,30 @@ class EntryFormat:
             return Kind.ZERO_ALLOC if hosted else Kind.ZERO_PLAIN
         return Kind.NORMAL if hosted else Kind.UNALLOCATED
 
+    def is_valid(self, entry: int, bitmap: int = 0) -> bool:
+        """Whether a cluster's entry is one that a reader takes; `bitmap`: its subclusters, where there are any."""
+        if self.has_subclusters:
+            return self.subcluster_kind(entry, bitmap, 0) is not Kind.INVALID
+        return self.kind(entry) is not Kind.INVALID
+
     def subcluster_kind(self, entry: int, bitmap: int, index: int) -> Kind:
         """Of one subcluster (QEMU qcow2_get_subcluster_type)."""
         whole = self.kind(entry)
         if whole in (Kind.COMPRESSED, Kind.INVALID):
             return whole
         hosted = whole is Kind.NORMAL
-        allocated = bitmap & ALLOCATED_BITS
-        if bitmap >> _ZERO_SHIFT & allocated or (allocated and not hosted):
+        if is_contradictory(bitmap) or (bitmap & ALLOCATED_BITS and not hosted):
             return Kind.INVALID
         if bitmap >> index & 1:
             return Kind.NORMAL
         if bitmap >> _ZERO_SHIFT + index & 1:
             return Kind.ZERO_ALLOC if hosted else Kind.ZERO_PLAIN
         return Kind.UNALLOCATED_ALLOC if hosted else Kind.UNALLOCATED
+
+
+def is_contradictory(bitmap: int) -> bool:
+    """Whether it says of a subcluster that it is allocated, and that it is zero."""
+    return bool(bitmap >> _ZERO_SHIFT & bitmap)
 
 
 def subclusters(first: int, last: int) -> int:

@@ -19,6 +19,7 @@ from qcow2snap.block.qcow2.writing.entries import (
     OFFSET,
     ZERO,
     EntryFormat,
+    is_contradictory,
     subclusters,
     with_allocated,
     zero_bits,
@@ -87,7 +88,7 @@ class Cutter:
         for slot in range(first, (end - 1) // cluster_size + 1):
             entry, bitmap = entries[2 * slot : 2 * slot + 2]
             touched = self._touched(offset - slot * cluster_size, end - slot * cluster_size)
-            if entry != expected or bitmap & touched != touched:
+            if entry != expected or bitmap & touched != touched or is_contradictory(bitmap):
                 return -1
             expected += cluster_size
         return (entries[2 * first] & OFFSET) + offset % cluster_size

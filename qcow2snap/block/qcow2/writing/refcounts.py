@@ -52,7 +52,9 @@ class Refcounts:
         self._refcount_order = header.refcount_order
         self.max = max_refcount(header.refcount_order)
         self.per_block = header.cluster_size * 8 >> header.refcount_order
-        self._limit = file.size >> header.cluster_bits if file.is_block_device else layout.L1TableEntry.mask("offset")
+        # Clusters that there can be: no L2 entry can say where a further one is.
+        last = layout.StandardL2Entry.mask("offset") >> header.cluster_bits
+        self.limit = file.size >> header.cluster_bits if file.is_block_device else last + 1
         self.table_offset = header.refcount_table_offset
         self.table = self._read_table(header)  # host offsets of blocks
         self._table_moved = False
@@ -61,7 +63,7 @@ class Refcounts:
         self._dirty: set[int] = set()  # of _blocks
         self._on_the_way: set[int] = set()  # of _blocks, taken by the last batch: the file may not have them yet
         # Clusters from here on were never written: a hole of the file, or behind its end.
-        self.untouched = self._limit if file.is_block_device else -(-file.size >> header.cluster_bits)
+        self.untouched = self.limit if file.is_block_device else -(-file.size >> header.cluster_bits)
         self._free = 1  # no free cluster is before this one
         self._add_sections()
 
@@ -200,7 +202,7 @@ class Refcounts:
     def allocate(self, count: int) -> int:
         """The first of `count` clusters that follow each other; their refcount is 1 from now on."""
         first = self._find_free(count)
-        if first + count > self._limit:
+        if first + count > self.limit:
             raise NoSpace(f"{self._file.filename}: no {count} free clusters are left")
         found = self._sections.overlap(first << self._cluster_bits, count << self._cluster_bits)
         if found is not None:
@@ -270,7 +272,7 @@ class Refcounts:
             # Its own refcount has no place either. A block that describes itself goes there, and this one behind it.
             self._make_block(home)
             return self._make_block(index)
-        if cluster >= self._limit:
+        if cluster >= self.limit:
             raise NoSpace(f"{self._file.filename}: no free cluster is left")
         self.untouched = max(self.untouched, cluster + 1)
         block = RefcountBlock(cluster << self._cluster_bits, self._refcount_order, self.per_block)
@@ -295,7 +297,7 @@ class Refcounts:
             if needed <= size:
                 break
             size = needed
-        if first + clusters > self._limit:
+        if first + clusters > self.limit:
             raise NoSpace(f"{self._file.filename}: no room is left for a larger refcount table")
         old_offset, old_size = self.table_offset, 8 * len(self.table)
         self.untouched = max(self.untouched, first + clusters)

@@ -16,13 +16,15 @@ from formats import qcow2 as layout
 from formats.qcow2 import BitmapTableEntry, HeaderExtensionType
 from qcow2snap.block.node import ImageFormatError
 from qcow2snap.block.qcow2 import rules
-from qcow2snap.block.qcow2.bitmaps import read_bitmap_directory
+from qcow2snap.block.qcow2.bitmaps import read_bitmap_directory, read_bitmap_table
 from qcow2snap.block.qcow2.l1 import read_l1
 from qcow2snap.block.qcow2.snapshot_table import SnapshotTable
 from qcow2snap.block.qcow2.words import words
 from qcow2snap.block.qcow2.writing.image_file import ImageFile
 from qcow2snap.block.qcow2.writing.metadata import Metadata
 from qcow2snap.block.qcow2.writing.tree import tree_references
+
+_BITS_OFFSET = BitmapTableEntry.mask("offset")
 
 
 def repair_refcounts(metadata: Metadata, snapshots: SnapshotTable) -> int:
@@ -144,27 +146,21 @@ def _stretches(metadata: Metadata, snapshots: SnapshotTable) -> Iterator[tuple[i
         yield pointer.offset, pointer.length
     bitmaps = header.extension(HeaderExtensionType.BITMAPS)
     if bitmaps is not None and header.autoclear_features & layout.AutoclearFeature.BITMAPS:
-        directory = layout.BitmapsExtension.parse(bitmaps.data)
+        directory, known = layout.BitmapsExtension.parse(bitmaps.data), read_bitmap_directory(file, header)
         yield directory.bitmap_directory_offset, directory.bitmap_directory_size
-        for info in read_bitmap_directory(file, header):
+        for info in known:
+            table = read_bitmap_table(file, header, info)
             yield info.table_offset, 8 * info.table_size
-            table = file.pread_available(info.table_offset, 8 * info.table_size)
-            if len(table) < 8 * info.table_size:
-                what = f"dirty bitmap {info.name!a} has a table that reaches beyond the end of the file"
-                error = rules.BITMAP_TABLE.broken(info.host_offset, what)
-                error.filename = file.filename
-                raise error
-            mask = BitmapTableEntry.mask("offset")
-            for word in words(table):
-                if word & mask:
-                    yield word & mask, header.cluster_size
+            for word in table:
+                if word & _BITS_OFFSET:
+                    yield word & _BITS_OFFSET, header.cluster_size
 
 
 def _checked(
     clusters: NDArray[np.uint64], counts: NDArray[np.int64], end: int, file: ImageFile
 ) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """These, if all of them are in the file; the last cluster of a file need not be written to its end."""
-    if len(clusters) and int(clusters[-1]) > end:
+    """These, if all of them begin in the file, which has `end` clusters; the last need not be written to its end."""
+    if len(clusters) and int(clusters[-1]) >= end:
         cluster = int(clusters[-1])
         what = f"cluster {cluster} is referred to, beyond the end of the file; try qemu-img check -r all"
         error = rules.L2_ENTRY_IN_FILE.broken(0, what)

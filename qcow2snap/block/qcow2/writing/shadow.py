@@ -53,7 +53,6 @@ class Shadow:
         self._blocks: dict[int, Counts] = {}  # those that were looked at
         self._changed: set[int] = set()
         self._released: dict[int, NDArray[np.bool_]] = {}  # clusters that were in use before, by block
-        self._limit = self._file.size >> self._bits if self._file.is_block_device else 1 << 56 - self._bits
         self._next = metadata.refcounts.first_free  # no cluster before it is free
         self._places: list[int] = []  # free ones of the block that `_next` is in, the first last
 
@@ -128,7 +127,7 @@ class Shadow:
 
     def _allocate(self, count: int) -> int:
         first = self._find(count)
-        if first + count > self._limit:
+        if first + count > self._refcounts.limit:
             raise NoSpace(f"{self._file.filename}: no {count} free clusters are left")
         found = self._metadata.sections.overlap(first << self._bits, count << self._bits)
         if found is not None:

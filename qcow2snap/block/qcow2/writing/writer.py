@@ -16,7 +16,6 @@ from threading import Lock
 from qcow2snap.block.buffers import Cursor
 from qcow2snap.block.in_flight import InFlight
 from qcow2snap.block.node import Buffer, NoSpace, OutOfRange
-from qcow2snap.block.qcow2.l2 import Kind
 from qcow2snap.block.qcow2.writing.active_tables import ActiveL2
 from qcow2snap.block.qcow2.writing.active_view import ActiveView
 from qcow2snap.block.qcow2.writing.entries import COMPRESSED, COPIED, OFFSET, EntryFormat
@@ -287,9 +286,11 @@ class Writer:
         words = self.format.words
         for slot in range(first, last):
             entry = table.entries[slot * words]
-            if entry and self.format.kind(entry) is Kind.INVALID:
+            bitmap = table.entries[slot * words + 1] if words == 2 else 0
+            if (entry or bitmap) and not self.format.is_valid(entry, bitmap):
                 where = table.host_offset + 8 * words * slot
-                raise self.header.corrupt(where, f"the L2 entry {entry:#x} is none that the disk can have")
+                what = f"the L2 entry {entry:#x}" + (f" with the subclusters {bitmap:#x}" if words == 2 else "")
+                raise self.header.corrupt(where, f"{what} is none that the disk can have")
 
     def _check_overlap(self, host: int, length: int) -> None:
         found = self.metadata.sections.overlap(host, length)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 
-from qcow2snap.block.node import NotSupported, Status
+from qcow2snap.block.node import NotSupported
 from qcow2snap.block.qcow2.l2 import Kind
 from qcow2snap.block.qcow2.writing.entries import ALL_ZEROES, COMPRESSED, ZERO, subclusters, with_zero
 from qcow2snap.block.qcow2.writing.writer import Writer
@@ -74,8 +74,10 @@ class Zeroing:
         return (start, stop) if start < stop else (end, end)
 
     def _is_compressed(self, offset: int) -> bool:
-        (extent,) = self._writer.view.block_status(offset, 1, want_zero=False)
-        return bool(extent.status & Status.COMPRESSED)
+        writer = self._writer
+        index, start = divmod(offset, writer.coverage)
+        table = writer.view.table(index)
+        return table is not None and bool(table.entries[(start >> writer.bits) * writer.format.words] & COMPRESSED)
 
     def _has_zeros(self, may_unmap: bool) -> bool:
         """Whether entries can say that a range is zeros. In version 2, only by being empty, above no backing file."""
