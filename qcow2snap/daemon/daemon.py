@@ -74,6 +74,7 @@ class Daemon:
 
     def run(self) -> None:
         """Until a signal, or the command `quit`."""
+        self.server.accept()
         self.loop.run()
 
     def close(self) -> None:

@@ -44,6 +44,9 @@ SERVER_START_OPTIONS = Struct(
 class NBDServer:
     """Serves exports while it runs; there is one at a time.
 
+    It listens from start() on, but takes nobody before accept(): who connects while the command line is being carried
+    out waits, and finds the exports that it makes. So it is in QEMU, whose loop accepts.
+
     threads  one, the daemon's
     owns     the server and its sockets
     """
@@ -52,6 +55,7 @@ class NBDServer:
         self._exports = exports
         self._objects = objects
         self._server: Server | None = None
+        self._is_accepting = False
 
     @property
     def is_running(self) -> bool:
@@ -78,7 +82,14 @@ class NBDServer:
             secure=secure,
             lets_wait=True,
         )
-        self._server.start()
+        if self._is_accepting:
+            self._server.start()
+
+    def accept(self) -> None:
+        """Take clients from now on, whenever it runs."""
+        self._is_accepting = True
+        if self._server is not None:
+            self._server.start()
 
     def stop(self) -> None:
         """Cut off all clients, and listen no more."""

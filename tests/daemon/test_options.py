@@ -21,6 +21,7 @@ from tests.daemon.conftest import StartDaemon
 from tests.daemon.storage_daemon import OURS, PROGRAMS, program
 from tests.nbd.support import run
 from tests.nbd.test_tls import pki as pki
+from tests.support import require
 from tests.support.tools import REPOSITORY
 from tests.support.waiting import until
 
@@ -106,6 +107,26 @@ def test_help_and_version_are_printed() -> None:
     refused = subprocess.run([*program(OURS), "-T", "x"], capture_output=True, text=True, timeout=60, cwd=REPOSITORY)
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
     assert "no tracing" in refused.stderr
+
+
+@pytest.mark.parametrize("which", PROGRAMS)
+def test_who_comes_before_all_options_are_carried_out_finds_the_exports_that_they_make(
+    which: str, disk: Path, tmp_path: Path
+) -> None:
+    nbd, late = tmp_path / "nbd", tmp_path / "late"
+    words = [*program(which), "--nbd-server", f"addr.type=unix,addr.path={nbd}", "--blockdev", FILE.format(disk=disk)]
+    words += ["--chardev", f"socket,id=late,path={late},server=on,wait=on", "--export", "nbd,id=e,node-name=f,name=e"]
+    client = [require("nbdinfo"), "--size", f"nbd+unix:///e?socket={nbd}"]
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}) as daemon:
+        try:
+            assert until(late.exists)
+            with subprocess.Popen(client, stdout=subprocess.PIPE, text=True) as early:
+                assert not until(lambda: early.poll() is not None, 0.5), "it was told that there is no such export"
+                with socket.socket(socket.AF_UNIX) as waited_for:
+                    waited_for.connect(str(late))
+                    assert early.communicate(timeout=30)[0] == f"{disk.stat().st_size}\n"
+        finally:
+            daemon.kill()
 
 
 @pytest.mark.parametrize("which", PROGRAMS)
