@@ -141,10 +141,17 @@ class _Bitmap:
         """Whether the table has as many entries as the bitmap needs. One in use may be of another size."""
         entry, header = self._entry, self._subject.header
         size = entry.bitmap_table_size
-        needed = -(-header.size // (header.cluster_size * 8 << min(entry.granularity_bits, 63)))
+        covered = header.cluster_size * 8 << min(entry.granularity_bits, 63)  # by one entry
+        needed, by_qemu = (
+            -(-header.size // covered),
+            -(-(header.size // layout.SECTOR_SIZE * layout.SECTOR_SIZE) // covered),
+        )
         is_right = size == needed or (self._is_in_use and size > 0)
         if not is_right:
             self._refuse(rules.BITMAP_TABLE, 8, f"has {size} table entries, and needs {needed}")
+        elif size != by_qemu and not self._is_in_use:
+            what = f"has {size} table entries, and QEMU wants {by_qemu}, for a disk of whole sectors"
+            self._refuse(rules.HEADER_SIZE_SECTORS, 8, what)
         elif size * header.cluster_size > layout.MAX_BITMAP_DATA_SIZE:
             self._refuse(rules.BITMAP_TABLE, 8, f"has {size} table entries, for more than QEMU's 512 MiB")
             return False

@@ -118,6 +118,7 @@ def _judge_room(
     """What lies behind the header extensions, which is for the name of the backing file alone."""
     if damage is not None or len(first_cluster) < fields.header_length:
         return
+    first_cluster = first_cluster.ljust(1 << fields.cluster_bits, b"\0")  # as QEMU reads a file that ends within it
     end = fields.header_length
     if extensions:
         last = extensions[-1]
@@ -126,6 +127,10 @@ def _judge_room(
     if start and start < end and fields.backing_file_size:
         what = f"the backing file name at {start:#x} lies within the header, which ends at {end:#x}"
         findings.add(Finding(rules.HEADER_BACKING_PLACE, 8, what))
+    left = (start or len(first_cluster)) - end
+    if 0 < left < layout.HEADER_EXTENSION_HEADER_LENGTH:  # not even for the end marker, which QEMU looks for
+        what = f"{left} bytes are left for header extensions, too few for any"
+        findings.add(Finding(rules.EXTENSION_LENGTH, end, what, stops=True))
     if first_cluster[end : end + 4] == bytes(4):  # the end marker
         length = int.from_bytes(first_cluster[end + 4 : end + 8], "big")
         end += layout.HEADER_EXTENSION_HEADER_LENGTH
