@@ -172,9 +172,10 @@ def _judge_feature_names(extension: Extension, findings: Findings) -> None:
 
 def _judge_backing(header: ImageHeader, findings: Findings) -> None:
     extension = header.extension(HeaderExtensionType.BACKING_FILE_FORMAT)
-    if extension is not None and len(extension.data) > _MAX_BACKING_FORMAT:
-        what = f"the format of the backing file has {len(extension.data)} bytes"
-        findings.add(Finding(rules.BACKING_FORMAT_LENGTH, extension.host_offset, what, stops=True))
+    for each in header.extensions:  # QEMU looks at all of them
+        if each.type == HeaderExtensionType.BACKING_FILE_FORMAT and len(each.data) > _MAX_BACKING_FORMAT:
+            what = f"the format of the backing file has {len(each.data)} bytes"
+            findings.add(Finding(rules.BACKING_FORMAT_LENGTH, each.host_offset, what, stops=True))
     if header.backing_file and extension is None:
         findings.add(Finding(rules.BACKING_FORMAT, 8, "the format of the backing file is not stated"))
     if not header.backing_file and extension is not None:

@@ -10,7 +10,7 @@ import pytest
 from fixtures import corpus
 from fixtures.corpus import Specimen
 from tests.conformance.agreement import DOCUMENT, Disagreement, compare, explain, render, table
-from tests.conformance.broken import Break
+from tests.conformance.broken import Break, extension
 from tests.conformance.crashes import CRASHES, Crash
 from tests.conformance.disagreements import REASONS
 from tests.conformance.verdict import Verdict, by_qemu, by_us
@@ -37,6 +37,9 @@ BY_HAND = {
         "sound", {"header.backing_file_offset": 0x77, "header.backing_file_size": 1}, {0x70: bytes(8)}
     ),
     "an end marker that the file's end cuts": Break("sound", bytes_at={0x70: bytes(4) + b"\xff\xff"}, size=0x76),
+    "a second backing format that is too long": Break(
+        "sound", bytes_at={0x70: extension(0xE2792ACA, b"raw") + extension(0xE2792ACA, b"q" * 16)}
+    ),
     "a bitmap of a disk without a whole sector": Break("bitmaps", {"header.size": 36}),
 }
 
