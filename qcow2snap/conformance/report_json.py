@@ -6,6 +6,7 @@ from typing import Any
 
 from qcow2snap.block.node import SnapshotInfo
 from qcow2snap.block.qcow2.rules import RULES, Rule, Severity
+from qcow2snap.block.qcow2.snapshot_entry import MAX_NAME_SIZE
 from qcow2snap.block.snapshot_ref import json_text
 from qcow2snap.conformance.advice import risk, stakes
 from qcow2snap.conformance.check import Report
@@ -61,7 +62,12 @@ def finding_fields(report: Report, finding: Finding) -> dict[str, Any]:
 
 
 def _snapshot_fields(snapshot: SnapshotInfo) -> dict[str, str]:
-    return {"id": json_text(snapshot.id), "name": json_text(snapshot.name)}
+    return {"id": json_text(_cut(snapshot.id)), "name": json_text(_cut(snapshot.name))}
+
+
+def _cut(text: str) -> str:
+    """An id or a name that can be one. What damage makes of it may have 64 KiB, and be in thousands of findings."""
+    return text if len(text) <= MAX_NAME_SIZE else text[:MAX_NAME_SIZE] + "…"
 
 
 def rule_fields(rule: Rule) -> dict[str, Any]:

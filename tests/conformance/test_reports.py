@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from qcow2snap.block.qcow2.rules import RULES
-from tests.conformance.broken import BREAKS
+from tests.conformance.broken import BREAKS, Break
 from tests.differential.judge import cli
 
 # Several faults at once, names that are no text, offsets of all sizes, and what cannot be checked at all.
@@ -71,3 +71,12 @@ def test_a_report_is_the_same_each_time(image: Path, form: str) -> None:
     first, second = (cli("check", f"--format={form}", image) for _ in range(2))
     assert first == second
     assert first.stdout
+
+
+def test_a_name_that_damage_made_long_is_not_told_whole_with_each_finding(tmp_path: Path) -> None:
+    """It has 60 KiB here; with some thousand findings the report had gigabytes."""
+    case = Break("sound", {"snapshots.0.name_size": 60_000, "header.nb_snapshots": 1}, size=1 << 20)
+    snapshots = [
+        each for finding in fields(case.write(tmp_path / "image"))["findings"] for each in finding.get("snapshots", [])
+    ]
+    assert 255 < max(len(each["name"]) for each in snapshots) < 1024
