@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal
 
 _SIZE = re.compile(r"(?:(0[xX][0-9a-fA-F]+)|([0-9]+)(\.[0-9]*)?([bkmgtpeBKMGTPE]?))")
 _SHIFTS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
@@ -21,4 +20,6 @@ def parse_size(text: str) -> int:
         return int(whole) << _SHIFTS[suffix.lower()]
     if suffix in ("", "b", "B"):
         raise ValueError(f"{text!r} is no whole number of bytes")
+    from decimal import Decimal  # every command reads sizes, hardly any of them one with a fraction
+
     return int(Decimal(whole + fraction) * (1 << _SHIFTS[suffix.lower()]))

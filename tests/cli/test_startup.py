@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +56,30 @@ def test_a_diff_needs_no_numpy(library: Library) -> None:
 @pytest.mark.parametrize("words", [["map"], ["digest"], ["info"]], ids=" ".join)
 def test_no_progress_bar_is_loaded_where_there_is_no_terminal(library: Library, words: list[str]) -> None:
     assert "rich" not in modules(*words, library.path("demo"))
+
+
+@pytest.mark.parametrize("words", [["list"], ["map"], ["check"], ["create", "--force"]], ids=" ".join)
+def test_no_command_loads_what_only_other_commands_use(library: Library, tmp_path: Path, words: list[str]) -> None:
+    image = [tmp_path / "new.qcow2", "1G"] if words[0] == "create" else [library.path("demo")]
+    others = HEAVY - {"numpy"} | {"decimal", "multiprocessing", "xml"}
+    assert modules(*words, *image) & others == set()
+
+
+@pytest.mark.parametrize("command", ["list", "check"])
+def test_a_short_command_is_not_searched_for_garbage(library: Library, command: str) -> None:
+    program = """if True:
+        import atexit, gc, sys
+        collections = lambda: sum(generation["collections"] for generation in gc.get_stats())
+        frozen = lambda: print("frozen" if gc.get_freeze_count() else "searched", file=sys.stderr)
+        atexit.register(frozen)  # before ours is registered, so that it is called after it
+        from qcow2snap.cli import main
+        before = collections()
+        try:
+            main(sys.argv[1:])
+        finally:
+            print(collections() - before, file=sys.stderr)
+    """
+    assert imported(program, command, str(library.path("demo"))) == {"0", "frozen"}
 
 
 def test_python_m_and_the_script_are_the_same_program() -> None:
