@@ -46,10 +46,12 @@ tools:
 	@scripts/newer-peers .peers || { [ "$$CI" != true ] && echo "tests that need newer peers are skipped"; }
 	@scripts/guest-kernel .guest || { [ "$$CI" != true ] && echo "tests that need a guest are skipped"; }
 
-# What users install, then what developers need on top.
+# What users install, then what developers need on top. Byte code as pip makes it, but not of an editable package: under
+# PYTHONDONTWRITEBYTECODE each command would compile the sources anew.
 $(VENV)/installed: pyproject.toml
 	scripts/make-venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@$(BIN)/python -m compileall -q formats qcow2snap
 	@touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import compileall
 import os
 import platform
 import subprocess
@@ -23,6 +24,7 @@ from tests.benchmarks import (
     writable,
     write,
 )
+from tests.support.tools import REPOSITORY
 
 TOPICS = {
     "list": startup,
@@ -52,6 +54,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.topics) - set(TOPICS):
         parser.error(f"no such topic: {', '.join(sorted(unknown))}")
+
+    for package in ("formats", "qcow2snap"):
+        compileall.compile_dir(
+            REPOSITORY / package, quiet=1
+        )  # as pip does where it installs them, even if Python here may not
 
     qemu = subprocess.run(["qemu-img", "--version"], check=True, capture_output=True, text=True).stdout.split()[2]
     print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}, Linux {platform.release()}, ", end="")

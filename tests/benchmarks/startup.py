@@ -20,7 +20,7 @@ def rows(quick: bool) -> Iterator[pairs.Row]:
 
 
 def _compare(what: str, command: pairs.Command, count: int) -> pairs.Comparison:
-    pairs.run(command)  # compiles what pip has not
+    pairs.run(command)  # brings the files into memory
     python = partial(pairs.run, [sys.executable, "-c", "pass"])
     ours = partial(pairs.run, command)
     return pairs.compare(what, ours, python, "python3 -c pass", pairs=count, target=pairs.Target(figure=LIMIT))
