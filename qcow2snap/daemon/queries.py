@@ -120,13 +120,14 @@ def _dirty_bitmaps(node: BlockNode, image: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(node, Qcow2Node):
         return {}
     listed = image["format-specific"]["data"].get("bitmaps", ())
-    granularity = {bitmap["name"]: bitmap["granularity"] for bitmap in listed}
+    known = {bitmap["name"]: bitmap for bitmap in listed}
     found = []
     with suppress(Qcow2SnapError):
         for name in node.dirty_bitmaps():
             count = sum(length for _, length in node.dirty_extents(name, 0, node.size))
-            flags = {"recording": False, "persistent": True, "busy": False}
-            found.append({"name": name, "granularity": granularity.get(name, 0), "count": count, **flags})
+            info = known.get(name, {"granularity": 0, "flags": []})
+            flags = {"recording": "auto" in info["flags"], "persistent": True, "busy": False}
+            found.append({"name": name, "granularity": info["granularity"], "count": count, **flags})
     return {"dirty-bitmaps": found} if found else {}
 
 

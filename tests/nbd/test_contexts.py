@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import struct
-import subprocess
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,10 +22,10 @@ from qcow2snap.nbd.export import Exports, exports_of
 from qcow2snap.nbd.names import SnapshotNames
 from qcow2snap.nbd.negotiation import MAX_CONTEXTS, PIECE
 from tests.nbd.support import Serve, ZeroNode
-from tests.nbd.support import run as output
 from tests.nbd.test_negotiation import Session
 from tests.nbd.wire import meta
-from tests.support import Image, Library, qemu_img, require
+from tests.support import Image, Library, qemu_img
+from tests.support.qemu_nbd import nbdinfo_map, qemu_nbd
 from tests.support.table import patch
 
 NewImage = Callable[..., Image]
@@ -53,32 +49,6 @@ def offer(serve: Serve) -> Iterator[Offer]:
     yield uri
     for node in opened:
         node.close()
-
-
-@contextmanager
-def qemu_nbd(path: Path, *options: str) -> Iterator[str]:
-    """QEMU's server on an image; gives its URI."""
-    socket = path.with_suffix(".qemu-nbd")
-    command = [require("qemu-nbd"), "-r", "-t", "-f", "qcow2", "-k", str(socket), *options, str(path)]
-    process = subprocess.Popen(command, cwd=path.parent)
-    try:
-        deadline = time.monotonic() + 20
-        while not socket.exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        yield f"nbd+unix:///?socket={socket}"
-    finally:
-        process.terminate()
-        process.wait(20)
-        socket.unlink(missing_ok=True)
-
-
-def nbdinfo_map(uri: str, context: str) -> list[tuple[int, int, int]]:
-    """What libnbd's client gets of a context: offset, length and flags."""
-    require("nbdinfo")
-    entries = json.loads(output("nbdinfo", "--json", f"--map={context}", uri))
-    return [(entry["offset"], entry["length"], entry["type"]) for entry in entries]
 
 
 def qemu_dirty(uri: str, context: str) -> list[tuple[int, int]]:

@@ -19,6 +19,7 @@ from tests.nbd.serving import Serving
 from tests.nbd.test_interop import SYSTEM_PYTHON
 from tests.support import Image, qemu_img, qemu_io, require
 from tests.support import run as cli
+from tests.support.qemu_nbd import dirty_by_qemu, nbdinfo_map
 
 SIZE = 8 << 20
 
@@ -71,6 +72,25 @@ def qemu_io_nbd(path: Path, *commands: str) -> None:
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "failed" not in done.stdout
+
+
+def test_dirty_bitmaps_are_offered_as_they_are_now_and_stored_at_the_end(new_image: NewImage) -> None:
+    path, context = new_image(SIZE).path, "qemu:dirty-bitmap:b"
+    qemu_img("bitmap", "--add", path, "b")
+    with serving(path):
+        assert nbdinfo_map(uri(path), context) == [(0, SIZE, 0)]
+        qemu_io_nbd(path, "write 1M 64k", "discard 3M 1M")
+        now = [(0, 1 << 20, 0), (1 << 20, 1 << 16, 1), ((1 << 20) + (1 << 16), (2 << 20) - (1 << 16), 0)]
+        now += [(3 << 20, 1 << 20, 1), (4 << 20, 4 << 20, 0)]
+        assert nbdinfo_map(uri(path), context) == now
+    assert dirty_by_qemu(path, "b") == [(1 << 20, 1 << 16), (3 << 20, 1 << 20)]
+    with serving(path) as server:
+        qemu_io_nbd(path, "write 0 64k")
+        server.process.kill()
+        server.process.wait(20)
+    (bitmap,) = qemu_img("info", "--output=json", path).json()["format-specific"]["data"]["bitmaps"]
+    assert bitmap["flags"] == ["in-use", "auto"]  # what it holds is believed by nobody
+    qemu_img("check", "-q", path)
 
 
 def test_snapshots_are_read_only_beside_a_writable_disk(new_image: NewImage) -> None:

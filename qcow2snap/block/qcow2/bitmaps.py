@@ -8,7 +8,7 @@ its contents are refused.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from construct import StreamError
@@ -156,16 +156,16 @@ class DirtyBitmap:
 
     def dirty(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """Offset and length of each dirty run in a range of the disk, in order, none touching the next."""
-        end = min(offset + length, self._size)
-        run_start = run_end = offset
-        for start, stop in self._runs(offset, end):
-            if start > run_end:
-                if run_end > run_start:
-                    yield run_start, run_end - run_start
-                run_start = start
-            run_end = stop
-        if run_end > run_start:
-            yield run_start, run_end - run_start
+        return joined(self._runs(offset, min(offset + length, self._size)), offset)
+
+    def clusters(self) -> Iterator[tuple[int, bytes]]:
+        """Index and bytes of each cluster of bits that are not all zeros."""
+        for index, entry in enumerate(self._table):
+            host_offset = self._checked(index, entry)
+            if host_offset:
+                yield index, self._read(index, host_offset, 0, self._cluster_size)
+            elif entry & _ALL_ONES:
+                yield index, b"\xff" * self._cluster_size
 
     def _runs(self, offset: int, end: int) -> Iterator[Run]:
         """Guest bytes that are dirty, cut to the range; neighbours may touch."""
@@ -185,14 +185,17 @@ class DirtyBitmap:
     def _bits(self, index: int, host_offset: int, first: int, stop: int) -> Iterator[Run]:
         """Runs of ones among the bits of one cluster, the least significant of a byte being the first."""
         for start in range(first // 8 // _SLICE * _SLICE, -(-stop // 8), _SLICE):
-            length = min(_SLICE, self._cluster_size - start)
-            data = self._file.pread_available(host_offset + start, length)
-            if len(data) < length:
-                raise self._entry_broken(index, "beyond the end of the file")
-            for one, end in _ones(data):
+            data = self._read(index, host_offset, start, min(_SLICE, self._cluster_size - start))
+            for one, end in ones(data):
                 low, high = max(first, 8 * start + one), min(stop, 8 * start + end)
                 if low < high:
                     yield low, high
+
+    def _read(self, index: int, host_offset: int, start: int, length: int) -> bytes:
+        data = self._file.pread_available(host_offset + start, length)
+        if len(data) < length:
+            raise self._entry_broken(index, "beyond the end of the file")
+        return data
 
     def _checked(self, index: int, entry: int) -> int:
         """The host offset of an entry that is as the specification wants it, 0 where all bits are the same."""
@@ -210,7 +213,20 @@ class DirtyBitmap:
         return error
 
 
-def _ones(data: bytes) -> Iterator[Run]:
+def joined(runs: Iterable[Run], offset: int) -> Iterator[tuple[int, int]]:
+    """Offset and length of runs in order, from `offset` on, those that touch as one."""
+    run_start = run_end = offset
+    for start, stop in runs:
+        if start > run_end:
+            if run_end > run_start:
+                yield run_start, run_end - run_start
+            run_start = start
+        run_end = stop
+    if run_end > run_start:
+        yield run_start, run_end - run_start
+
+
+def ones(data: bytes) -> Iterator[Run]:
     """Runs of ones among bits, the least significant bit of each byte being the first."""
     import numpy as np  # not at the top: the directory is read without it
 

@@ -39,6 +39,7 @@ class Disk:
     backing: bool = False
     data_file: bool = False
     size: int = SIZE
+    bitmaps: bool = False
     first_free: int = 0  # no cluster before this one is given out
 
     def make(self, directory: Path, seed: int) -> Path:
@@ -61,8 +62,15 @@ class Disk:
             image.write(number * self.size // 4, self.size // 2)
             image.write_zeroes(number * self.size // 8, self.size // 16)
             image.snapshot(f"s{number}")
+        if self.bitmaps:
+            for name, granularity in BITMAPS.items():
+                qemu_img("bitmap", "--add", "-g", granularity, image.path, name)
+            image.write(self.size // 3, self.size // 5)
+            qemu_img("bitmap", "--disable", image.path, "rests")
         return image.path
 
+
+BITMAPS = {"fine": "512", "coarse": "64k", "rests": "4k"}
 
 DISKS = [
     Disk("plain", {"cluster_size": 4096}),
@@ -80,6 +88,8 @@ DISKS = [
     Disk(
         "refcount table grows", {"cluster_size": 512, "refcount_bits": 64}, snapshots=1, size=64 << 10, first_free=4000
     ),
+    Disk("bitmaps", {"cluster_size": 512}, bitmaps=True, snapshots=1),
+    Disk("bitmaps of default", {}, bitmaps=True, size=1 << 20),
     Disk("lazy", {"cluster_size": 4096, "lazy_refcounts": True}, snapshots=1),
 ]
 
@@ -120,6 +130,8 @@ class Session:
     path: Path
     log: Log
     snapshots: list[bytes]
+    before: bytes = b""  # the disk
+    dirty: dict[str, list[tuple[int, int]]] = field(default_factory=dict)  # by each bitmap, then
     guests: int = 1  # each has the sectors whose numbers leave its own, divided by this
 
     def allowed_at(self, position: int) -> list[tuple[bytes, ...]]:
@@ -139,7 +151,10 @@ def live(disk: Disk, directory: Path, seed: int, steps: int) -> Session:
     path = disk.make(directory, seed)
     with _opened(path) as before:
         snapshots = [_content(before.view(info)) for info in before.snapshots()]
-        guest = Guest.of(_content(before.view(None)))
+        content = _content(before.view(None))
+        dirty = {name: list(before.dirty_extents(name, 0, disk.size)) for name in before.dirty_bitmaps()}
+    assert set(dirty) == (set(BITMAPS) if disk.bitmaps else set())
+    guest = Guest.of(content)
     node, log = open_recorded(path, data_file=directory / "data.raw" if disk.data_file else None)
     with node.metadata.lock:
         node.metadata.refcounts.look_from(disk.first_free)
@@ -167,7 +182,9 @@ def live(disk: Disk, directory: Path, seed: int, steps: int) -> Session:
             node.pwrite_zeroes(first * SECTOR, count * SECTOR, may_unmap=what == "unmap")
         log.mark(guest.versions)
     _finish(node, log, [guest])
-    return Session(disk, path, log, snapshots)
+    with _opened(path) as after:
+        assert set(after.dirty_bitmaps()) == set(dirty)
+    return Session(disk, path, log, snapshots, content, dirty)
 
 
 def live_together(disk: Disk, directory: Path, seed: int, steps: int, guests: int = 3) -> Session:
@@ -209,7 +226,7 @@ def live_together(disk: Disk, directory: Path, seed: int, steps: int, guests: in
         mine = range(number, disk.size // SECTOR, guests)
         assert all(now[n * SECTOR : (n + 1) * SECTOR] == guest.now[n] for n in mine)
     _finish(node, log, all_guests)
-    return Session(disk, path, log, snapshots, guests)
+    return Session(disk, path, log, snapshots, guests=guests)
 
 
 def _finish(node: WritableQcow2Node, log: Log, guests: list[Guest]) -> None:
@@ -275,6 +292,24 @@ def judge(session: Session, position: int, state: dict[Path, bytes], *, by_qemu:
         for info, expected in zip(node.snapshots(), session.snapshots, strict=True):
             if _content(node.view(info)) != expected:
                 raise AssertionError(f"snapshot {info} has changed")
+        for name in node.dirty_bitmaps():
+            _judge_bitmap(session, name, list(node.dirty_extents(name, 0, node.size)), content)
+
+
+def _judge_bitmap(session: Session, name: str, found: list[tuple[int, int]], content: bytes) -> None:
+    """A bitmap that says that it can be believed has all that it had, and all that was written since."""
+    if name == "rests":
+        if found != session.dirty[name]:
+            raise AssertionError(f"dirty bitmap {name} has changed")
+        return
+    dirty = {number for offset, length in found for number in range(offset // SECTOR, -(-(offset + length) // SECTOR))}
+    for offset, length in session.dirty[name]:
+        if not dirty.issuperset(range(offset // SECTOR, (offset + length) // SECTOR)):
+            raise AssertionError(f"dirty bitmap {name} has lost what was dirty at {offset}")
+    for number in range(len(content) // SECTOR):
+        place = slice(number * SECTOR, (number + 1) * SECTOR)
+        if content[place] != session.before[place] and number not in dirty:
+            raise AssertionError(f"dirty bitmap {name} does not know of sector {number}, which was written")
 
 
 def _judged_by_qemu(path: Path) -> None:

@@ -7,6 +7,7 @@ once, a COPIED flag that does not say what the refcount says, a table that is no
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 _OFFSET = 0x00FFFFFFFFFFFE00
 _COPIED = 1 << 63
 _COMPRESSED = 1 << 62
+_BITMAPS = 0x23852875  # type of a header extension
 
 
 class Unsound(AssertionError):
@@ -64,6 +66,8 @@ def check(image: bytes) -> None:
         position += -(-(40 + extra + id_size + name_size) // 8) * 8
     if position > start:
         use(start, position - start)
+    for offset, length in _bitmaps(image, size) if version >= 3 else ():
+        use(offset, length)
     flags: list[tuple[int, int, str]] = []
     for offset, count, is_active in l1_tables:
         if count:
@@ -104,6 +108,26 @@ def check(image: bytes) -> None:
     for _, cluster, _what in flags:
         if cluster << cluster_bits > len(image):
             raise Unsound(f"cluster {cluster} is beyond the end of the file")
+
+
+def _bitmaps(image: bytes, size: int) -> Iterator[tuple[int, int]]:
+    """Offset and length of the bitmap directory, of tables, and of clusters of bits."""
+    position = _be(image, 100, 4)
+    while (kind := _be(image, position, 4)) not in (0, _BITMAPS):
+        position += 8 + -(-_be(image, position + 4, 4) // 8) * 8
+    if not kind or not _be(image, 88, 8) & 1:
+        return
+    count, length, offset = _be(image, position + 8, 4), _be(image, position + 16, 8), _be(image, position + 24, 8)
+    yield offset, length
+    if offset + length > len(image):
+        raise Unsound(f"the bitmap directory at {offset:#x} is not in the file")
+    for _ in range(count):
+        table, entries = _be(image, offset, 8), _be(image, offset + 8, 4)
+        yield table, 8 * entries
+        for entry in _words(image, table, entries, "table of a bitmap"):
+            if entry & _OFFSET:
+                yield entry & _OFFSET, size
+        offset += -(-(24 + _be(image, offset + 18, 2) + _be(image, offset + 20, 4)) // 8) * 8
 
 
 def _refcounts(image: bytes, blocks: list[int], wanted: Counter[int], order: int, size: int) -> dict[int, int]:

@@ -65,30 +65,6 @@ def test_so_they_are_by_any_other_change(new_image: NewImage, change: str) -> No
     assert is_sound(image.path)
 
 
-def test_a_bitmap_that_records_is_marked_in_use_and_one_that_does_not_stays_right(new_image: NewImage) -> None:
-    path = new_image("1M").path
-    for name in ("records", "rests"):
-        qemu_img("bitmap", "--add", path, name)
-    qemu_img("bitmap", "--disable", path, "rests")
-    qemu_io(path, "write 0 1000")
-    with writing(path) as node:
-        assert sorted(node.dirty_bitmaps()) == ["records", "rests"]
-        node.pwritev(600_000, [memoryview(b"x" * 1000)])
-        assert node.dirty_bitmaps() == ["rests"]
-    bitmaps = qemu_info(path)["format-specific"]["data"]["bitmaps"]
-    assert {bitmap["name"]: bitmap["flags"] for bitmap in bitmaps} == {"records": ["in-use", "auto"], "rests": []}
-    assert is_sound(path)
-
-
-def test_a_discard_or_zeros_mark_bitmaps_as_well(new_image: NewImage) -> None:
-    for number, change in enumerate(("pdiscard", "pwrite_zeroes")):
-        path = new_image("1M", name=f"{number}.qcow2").write(0, 100_000).path
-        qemu_img("bitmap", "--add", path, "records")
-        with writing(path) as node:
-            getattr(node, change)(0, 65536)
-            assert node.dirty_bitmaps() == []
-
-
 @pytest.mark.parametrize("layout", [{}, {"cluster_size": 512, "refcount_bits": 1}, {"extended_l2": True}])
 def test_a_dirty_image_gets_its_refcounts_back(new_image: NewImage, layout: dict[str, object]) -> None:
     image = new_image("4M", lazy_refcounts=True, **layout)

@@ -265,20 +265,6 @@ def test_names_that_cannot_be_are_refused(new_image: NewImage, name: str) -> Non
     assert [entry.name for entry in read_table(image.path)] == [b"taken", b"other"]
 
 
-def test_bitmaps_forbid_another_disk_but_not_snapshots(new_image: NewImage) -> None:
-    image = new_image("1M")
-    qemu_img("bitmap", "--add", image.path, "b")
-    node = open_writable(str(image.path))
-    snapshot = node.create_snapshot("s")
-    with pytest.raises(NotSupported, match="bitmap"):
-        node.apply_snapshot(snapshot)
-    with pytest.raises(NotSupported, match="bitmap"):
-        node.resize(2 << 20)
-    node.delete_snapshot(snapshot)
-    node.close()
-    qemu_img("check", image.path)
-
-
 def test_the_larger_half_of_a_snapshot_is_not_lost(new_image: NewImage) -> None:
     """Grown, kept, and reverted to a smaller one: QEMU's tools read the larger with the size of the smaller."""
     image = new_image("1M").write(0, 65536, 1).snapshot("small").resize("2M").write(1 << 20, 1 << 20, 7).snapshot("big")

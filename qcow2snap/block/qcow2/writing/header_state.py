@@ -42,6 +42,10 @@ class HeaderState:
         if self._broken is not None:
             raise self._broken
 
+    @property
+    def may_be_written(self) -> bool:
+        return self._broken is None
+
     def clear_unknown_autoclear(self) -> None:
         """As the specification asks of a writer that does not know what these bits stand for."""
         with self._lock:

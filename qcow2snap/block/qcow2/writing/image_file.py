@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from threading import Lock
 from typing import Self
 
-from qcow2snap.block.file import IOV_MAX, FileNode, Locking
+from qcow2snap.block.file import IOV_MAX, FileNode, Locking, file_error
 from qcow2snap.block.image_lock import lock_for_resizing
 from qcow2snap.block.node import Buffer, NoSpace
 from qcow2snap.block.writable_file import WritableFileNode
@@ -61,6 +61,17 @@ class ImageFile(WritableFileNode):
             return os.pwritev(self._fd, buffers, offset) == length
         except OSError:
             return False
+
+    def grow(self, size: int) -> None:
+        """Have at least so many bytes; what is new reads as zeros."""
+        with self._growing:
+            if size > self.current_size():
+                self.check_range(0, size)
+                try:
+                    os.ftruncate(self._fd, size)
+                except OSError as error:
+                    raise file_error(f"{self.filename}: growing to {size} bytes", error) from None
+            self.size = max(self.size, size)
 
     def pwrite_zeroes(self, offset: int, length: int, *, may_unmap: bool = False, no_fallback: bool = False) -> None:
         """Past the end there is nothing to do but to grow: fallocate() would keep the size."""

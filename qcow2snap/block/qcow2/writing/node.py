@@ -30,7 +30,7 @@ from qcow2snap.block.qcow2.in_use import Look
 from qcow2snap.block.qcow2.snapshot_table import SnapshotTable, TableEntry, read_snapshot_table
 from qcow2snap.block.qcow2.view import View
 from qcow2snap.block.qcow2.writing.active_view import ActiveView
-from qcow2snap.block.qcow2.writing.bitmaps_in_use import BitmapsInUse
+from qcow2snap.block.qcow2.writing.dirty_bitmaps import DirtyBitmaps
 from qcow2snap.block.qcow2.writing.header_state import HeaderState, refuse_unwritable
 from qcow2snap.block.qcow2.writing.image_file import ImageFile
 from qcow2snap.block.qcow2.writing.metadata import Metadata
@@ -101,7 +101,7 @@ class WritableQcow2Node(Qcow2Node):
             self.metadata = Metadata(
                 file, header, data_file=data_file, snapshots=table.entries, table_cache_size=table_cache_size
             )
-            self._bitmaps_in_use = BitmapsInUse(file, header)
+            self._dirty_bitmaps = DirtyBitmaps(self.metadata)
         except Qcow2SnapError as error:
             if hasattr(error, "filename"):
                 error.filename = file.filename
@@ -146,7 +146,8 @@ class WritableQcow2Node(Qcow2Node):
 
     def _before_first_change(self) -> None:
         self._header_state.clear_unknown_autoclear()
-        self._bitmaps_in_use.mark()
+        if self._dirty_bitmaps.begin():
+            self.writer.record = self._dirty_bitmaps.record
 
     # -- BlockNode ----------------------------------------------------------------------------------------------------
 
@@ -171,15 +172,33 @@ class WritableQcow2Node(Qcow2Node):
     def close(self) -> None:
         failure: Qcow2SnapError | None = None
         try:
-            for _ in range(_COMMITS_AT_CLOSE):
-                self.metadata.commit()  # also where only data was written
-                if self.metadata.order.is_clean:
-                    break
+            self._settle()
+            if self._header_state.may_be_written and self._dirty_bitmaps.store():
+                self._settle()
         except Qcow2SnapError as error:
             failure = error
         super().close()
         if failure is not None:
             raise FileError(f"{self.filename}: not all could be written when it was closed: {failure}") from failure
+
+    def _settle(self) -> None:
+        for _ in range(_COMMITS_AT_CLOSE):
+            self.metadata.commit()  # also where only data was written
+            if self.metadata.order.is_clean:
+                break
+
+    # -- dirty bitmaps ------------------------------------------------------------------------------------------------
+
+    def dirty_bitmaps(self) -> Sequence[str]:
+        return self._dirty_bitmaps.names()
+
+    def dirty_extents(self, bitmap: str, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """As it is now, with what was written since the image was opened."""
+        recorded = self._dirty_bitmaps.find(bitmap)
+        if recorded is None:
+            return super().dirty_extents(bitmap, offset, length)
+        self.check_range(offset, length)
+        return recorded.dirty(offset, length)
 
     # -- snapshots ----------------------------------------------------------------------------------------------------
 
@@ -211,16 +230,26 @@ class WritableQcow2Node(Qcow2Node):
         self._see_size()
 
     def resize(self, size: int) -> None:
-        """Make the disk larger. What is new reads as zeros, when the size says that it is there."""
+        """Make the disk larger, and its external data file with it.
+
+        What is new reads as zeros when the size says that it is there; in bitmaps it is clean.
+        """
         before = self.size
+        self._snapshots.judge_growth(size)
+        self._header_state.check()
+        self._dirty_bitmaps.begin_resizing(size)
         self._snapshots.grow(size)
         self._see_size()
-        self._active.size = size
         try:
+            self._dirty_bitmaps.resized(size)
+            self._active.size = size
             self._zero_behind(before)
+            if self.metadata.data_file is not None:
+                self.metadata.data_file.grow(size)
             self._snapshots.set_size(size)
         finally:
             self._see_size()
+            self._dirty_bitmaps.resized(self.size)
 
     def attach_reader(self, reader: object, snapshot: SnapshotInfo) -> None:
         with self._reading:
@@ -252,12 +281,14 @@ class WritableQcow2Node(Qcow2Node):
 
     def _zero_behind(self, end: int) -> None:
         """What the disk's last cluster has behind its end, and what a longer backing file would show there."""
-        stop = -(-end // self.header.cluster_size) * self.header.cluster_size
+        stop = end
         if self.backing is not None:
             stop = max(stop, self.backing.size)
-        stop = min(stop, self._active.size)
+        if self.metadata.data_file is not None and self.header.is_data_file_raw:  # whose bytes are the disk's
+            stop = max(stop, self.metadata.data_file.size)
+        stop = min(-(-stop // self.header.cluster_size) * self.header.cluster_size, self._active.size)
         if end < stop:
-            self.pwrite_zeroes(end, stop - end, may_unmap=True)
+            self._zeroing.pwrite_zeroes(end, stop - end, may_unmap=True, no_fallback=False, is_new=True)
 
     def refresh(self) -> bool:
         """Nobody but this process changes the image."""

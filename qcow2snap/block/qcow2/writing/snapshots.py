@@ -121,7 +121,7 @@ class Snapshots:
             self._judge_size(size)
             if size != header.size:
                 self._refuse_resize(f"snapshot {snapshot} has another size than the disk")
-            self._refuse_bitmaps("applying a snapshot")
+            self._refuse_bitmaps()
             l1 = self._l1_of(entry)
             l1.extend([0] * (-(-size // header.l2_coverage) - len(l1)))
             self._count(shadow, metadata.tables.l1, -1)
@@ -130,19 +130,21 @@ class Snapshots:
             header = self._replace_l1(shadow, header, active, is_new=True)
             self._switch(shadow, header._replace(size=size), self.entries, punch=True)
 
+    def judge_growth(self, size: int) -> None:
+        """NotSupported if the disk cannot get this size."""
+        header = self._metadata.header
+        self._judge_size(size)
+        if size < header.size:
+            raise NotSupported(f"the disk has {header.size} bytes, and can only be made larger: {size} are less")
+        if header.version < 3 and self.entries:  # other programs may not look for a snapshot's own size
+            raise NotSupported("a version 2 image that has snapshots cannot be resized; delete them first")
+
     def grow(self, size: int) -> None:
         """Make the L1 table fit for a larger disk, whose size stays what it is until set_size."""
         metadata = self._metadata
         with self._changing() as shadow:
+            self.judge_growth(size)
             header = metadata.header
-            if header.has_data_file:
-                raise NotSupported(f"{metadata.file.filename}: with an external data file, qemu-img resizes it")
-            self._judge_size(size)
-            if size < header.size:
-                raise NotSupported(f"the disk has {header.size} bytes, and can only be made larger: {size} are less")
-            if header.version < 3 and self.entries:  # other programs may not look for a snapshot's own size
-                raise NotSupported("a version 2 image that has snapshots cannot be resized; delete them first")
-            self._refuse_bitmaps("resizing the disk")
             used, needed = (-(-each // header.l2_coverage) for each in (header.size, size))
             l1 = metadata.tables.l1[:used]
             # What the active L1 table has behind the disk is a VM state, which would become part of it.
@@ -296,10 +298,12 @@ class Snapshots:
             if layout.SnapshotTableEntry.parse(entry.raw).disk_size is None:
                 raise NotSupported(f"{what}, but snapshot {entry.info} has no size of its own: it is the disk's")
 
-    def _refuse_bitmaps(self, what: str) -> None:
+    def _refuse_bitmaps(self) -> None:
+        """As QEMU does: they do not know what differs between the disk and its snapshots."""
         if int(self._metadata.header.autoclear_features) & AutoclearFeature.BITMAPS:
             raise NotSupported(
-                f"{what} would make the image's dirty bitmaps wrong; remove them first (qemu-img bitmap --remove)"
+                "applying a snapshot would make the image's dirty bitmaps wrong; remove them first (qemu-img bitmap "
+                "--remove)"
             )
 
     def _judge_size(self, size: int) -> None:

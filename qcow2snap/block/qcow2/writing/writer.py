@@ -53,20 +53,24 @@ class Writer:
         self.has_data_file = metadata.data_file is not None
         self._cutter = Cutter(self.format, image_header.subcluster_size)
         self._before_first: Callable[[], None] | None = before_first
+        self.record: Callable[[int, int], None] | None = None  # called before each change of the disk: offset, length
         self._starting = Lock()  # while `before_first` is called
 
     # -- around every change ------------------------------------------------------------------------------------------
 
     @contextmanager
-    def changing(self, offset: int, length: int) -> Iterator[None]:
-        """Around every change of a range: it is in the disk, the image may be written, and nobody is alone with it."""
-        self.begin(offset, length)
+    def changing(self, offset: int, length: int, *, records: bool = True) -> Iterator[None]:
+        """Around every change of a range: it is in the disk, the image may be written, and nobody is alone with it.
+
+        Bitmaps know of it before it happens, as it may happen in part.
+        """
+        self.begin(offset, length, records=records)
         try:
             yield
         finally:
             self.end()
 
-    def begin(self, offset: int, length: int) -> None:
+    def begin(self, offset: int, length: int, *, records: bool = True) -> None:
         if offset < 0 or length < 0 or offset + length > self.view.size:
             raise OutOfRange(f"{length} bytes at {offset} reach beyond the end, which is at {self.view.size}")
         self.header.check()
@@ -78,6 +82,8 @@ class Writer:
                     if self._before_first is not None:
                         self._before_first()
                         self._before_first = None
+            if self.record is not None and records:
+                self.record(offset, length)
         except BaseException:
             self.end()
             raise

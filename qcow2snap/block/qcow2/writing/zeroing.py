@@ -29,9 +29,12 @@ class Zeroing:
         self._has_backing = writer.view.has_backing
         self._is_raw = header.has_data_file and header.is_data_file_raw
 
-    def pwrite_zeroes(self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool) -> None:
+    def pwrite_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool, is_new: bool = False
+    ) -> None:
+        """`is_new`: the disk is only getting this range, so no bitmap records it."""
         writer = self._writer
-        with writer.changing(offset, length):
+        with writer.changing(offset, length, records=not is_new):
             end = offset + length
             start, stop = self._aligned(offset, end)
             if not self._has_zeros(may_unmap):
