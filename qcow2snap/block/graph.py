@@ -37,6 +37,7 @@ class OpenOptions(NamedTuple):
     allow_paths: Sequence[str] = ()
     table_cache_size: int = TABLE_CACHE_SIZE
     cluster_cache_size: int = CLUSTER_CACHE_SIZE
+    discard_no_unref: bool = False  # of an image that is written: what is discarded keeps its clusters
 
 
 class Link(NamedTuple):
@@ -228,6 +229,7 @@ class _Opener:
                 table_cache_size=self._options.table_cache_size,
                 cluster_cache_size=self._options.cluster_cache_size,
                 borrowed=borrowed,
+                discard_no_unref=self._options.discard_no_unref,
             )
         except BaseException:
             for node in nodes:

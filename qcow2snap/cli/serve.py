@@ -36,6 +36,9 @@ _MAX_URIS = 1 << 15
 @click.option("-f", "--format", "image_format", type=click.Choice(["qcow2", "raw"]), default="qcow2",
               help="What each IMAGE is; it is not guessed.  [default: qcow2]")  # fmt: skip
 @click.option("--writable", is_flag=True, help="Let clients write the active disk; its snapshots stay as they are.")
+@click.option("--discard-no-unref", "no_unref", is_flag=True,
+              help="What clients discard keeps its clusters in IMAGE, so that it is not fragmented by what they write "
+                   "there later.")  # fmt: skip
 @options.opening_options
 @serve_options.tls_options
 @serve_options.client_options
@@ -52,6 +55,7 @@ def command(
     prefixes: tuple[str, ...],
     image_format: str,
     writable: bool,
+    no_unref: bool,
     opening: OpenOptions,
     tls: str,
     tls_certificates: str | None,
@@ -90,6 +94,9 @@ def command(
 
     if writable and opening.force_share:
         raise click.UsageError("--writable does not go with -U: what others write cannot be written as well.")
+    if no_unref and not (writable and image_format == "qcow2"):
+        raise click.UsageError("--discard-no-unref goes with --writable and qcow2 images only.")
+    opening = opening._replace(discard_no_unref=no_unref)
 
     def open_image(image: str) -> Qcow2Node | RawNode:
         if image_format == "raw":

@@ -25,6 +25,7 @@ _SECTIONS = {
         "prefixes",
         "image_format",
         "writable",
+        "no_unref",
         "force_share",
         "allow_paths",
         "l2_cache_size",

@@ -165,7 +165,10 @@ class Qcow2Driver(Driver):
             raise UnsupportedFeature(f"node '{name}' is no file: qcow2 images are read from files only")
         if "backing" in node.options and node.options["backing"] is None:
             given["backing"] = None
-        return (open_image_in if node.read_only else open_writable_in)(file, self._opening, given)
+        if node.read_only:
+            return open_image_in(file, self._opening, given)
+        no_unref = node.options.get("discard-no-unref", False)
+        return open_writable_in(file, self._opening._replace(discard_no_unref=no_unref), given)
 
     def use_of(self, node: NamedNode, child: str) -> Use:
         return permissions.OF_BACKING if child == "backing" else permissions.of_format_file(not node.read_only)

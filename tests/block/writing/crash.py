@@ -40,6 +40,7 @@ class Disk:
     data_file: bool = False
     size: int = SIZE
     bitmaps: bool = False
+    no_unref: bool = False
     first_free: int = 0  # no cluster before this one is given out
 
     def make(self, directory: Path, seed: int) -> Path:
@@ -90,6 +91,7 @@ DISKS = [
     ),
     Disk("bitmaps", {"cluster_size": 512}, bitmaps=True, snapshots=1),
     Disk("bitmaps of default", {}, bitmaps=True, size=1 << 20),
+    Disk("discard-no-unref", {"cluster_size": 4096}, snapshots=1, no_unref=True),
     Disk("lazy", {"cluster_size": 4096, "lazy_refcounts": True}, snapshots=1),
 ]
 
@@ -155,7 +157,8 @@ def live(disk: Disk, directory: Path, seed: int, steps: int) -> Session:
         dirty = {name: list(before.dirty_extents(name, 0, disk.size)) for name in before.dirty_bitmaps()}
     assert set(dirty) == (set(BITMAPS) if disk.bitmaps else set())
     guest = Guest.of(content)
-    node, log = open_recorded(path, data_file=directory / "data.raw" if disk.data_file else None)
+    data_file = directory / "data.raw" if disk.data_file else None
+    node, log = open_recorded(path, data_file=data_file, discard_no_unref=disk.no_unref)
     with node.metadata.lock:
         node.metadata.refcounts.look_from(disk.first_free)
     log.mark(guest.versions)

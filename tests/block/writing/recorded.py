@@ -139,7 +139,9 @@ class RecordedFile(ImageFile):
         self._log.add(Flush(self.path, since))
 
 
-def open_recorded(path: Path, *, data_file: Path | None = None) -> tuple[WritableQcow2Node, Log]:
+def open_recorded(
+    path: Path, *, data_file: Path | None = None, discard_no_unref: bool = False
+) -> tuple[WritableQcow2Node, Log]:
     """An image open for writing, and the log of what is written to it."""
     log = Log({each: each.read_bytes() for each in (path, data_file) if each is not None})
     file = RecordedFile(path, log)
@@ -148,6 +150,10 @@ def open_recorded(path: Path, *, data_file: Path | None = None) -> tuple[Writabl
     if header.backing_file is not None:
         backing = open_raw(str(path.parent / as_text(header.backing_file)))
     node = WritableQcow2Node(
-        file, header, data_file=None if data_file is None else RecordedFile(data_file, log), backing=backing
+        file,
+        header,
+        data_file=None if data_file is None else RecordedFile(data_file, log),
+        backing=backing,
+        discard_no_unref=discard_no_unref,
     )
     return node, log

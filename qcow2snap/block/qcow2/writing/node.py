@@ -79,7 +79,9 @@ class WritableQcow2Node(Qcow2Node):
         table_cache_size: int = TABLE_CACHE_SIZE,
         cluster_cache_size: int = CLUSTER_CACHE_SIZE,
         borrowed: Collection[BlockNode] = (),
+        discard_no_unref: bool = False,
     ) -> None:
+        """`discard_no_unref`: what is discarded keeps its clusters; version 2 has no such entries (InvalidOption)."""
         refuse_unwritable(header, file.filename)
         self._readers: WeakKeyDictionary[object, SnapshotInfo] = WeakKeyDictionary()
         self._reading = Lock()  # over _readers
@@ -112,7 +114,7 @@ class WritableQcow2Node(Qcow2Node):
             self._repair(table)
         self._active = ActiveView(self._new_image(), self.metadata)
         self.writer = Writer(self.metadata, self._active, self._header_state, self._before_first_change)
-        self._zeroing = Zeroing(self.writer)
+        self._zeroing = Zeroing(self.writer, no_unref=discard_no_unref)
         self._snapshots = Snapshots(
             self.metadata,
             table,

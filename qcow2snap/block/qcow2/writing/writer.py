@@ -145,7 +145,7 @@ class Writer:
             return -1
         host = self._cutter.in_place(table.entries, start, start + length)
         if host >= 0 and not self.has_data_file:
-            self._check_overlap(host, length)
+            self.check_overlap(host, length)
         return host
 
     def _write_pieces(self, offset: int, end: int, data: Cursor) -> None:
@@ -188,7 +188,7 @@ class Writer:
             tables.writable(index)
         if not piece.allocate:
             if not self.has_data_file:
-                self._check_overlap(piece.host, piece.nb_clusters << self.bits)
+                self.check_overlap(piece.host, piece.nb_clusters << self.bits)
             return piece
         if self.has_data_file:
             return piece._replace(host=piece.offset >> self.bits << self.bits)
@@ -298,7 +298,8 @@ class Writer:
                 what = f"the L2 entry {entry:#x}" + (f" with the subclusters {bitmap:#x}" if words == 2 else "")
                 raise self.header.corrupt(where, f"{what} is none that the disk can have")
 
-    def _check_overlap(self, host: int, length: int) -> None:
+    def check_overlap(self, host: int, length: int) -> None:
+        """Locked. Refuse what would go over metadata; the image is marked then."""
         found = self.metadata.sections.overlap(host, length)
         if found is not None:
             raise self.header.corrupt(host, f"a write of the guest's would overwrite the {found.value}")

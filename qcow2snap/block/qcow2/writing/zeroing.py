@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from array import array
 
-from qcow2snap.block.node import NotSupported
+from qcow2snap.block.node import InvalidOption, NotSupported
 from qcow2snap.block.qcow2.l2 import Kind
-from qcow2snap.block.qcow2.writing.entries import ALL_ZEROES, COMPRESSED, ZERO, subclusters, with_zero
+from qcow2snap.block.qcow2.writing.entries import ALL_ZEROES, COMPRESSED, COPIED, OFFSET, ZERO, subclusters, with_zero
 from qcow2snap.block.qcow2.writing.writer import Writer
 
 _ZEROS = memoryview(bytes(1 << 20))  # written at a time
@@ -19,10 +19,19 @@ _STEP = 4096  # clusters that are changed at once: what others may have to wait 
 
 
 class Zeroing:
-    """Zeros and discards by way of a writer. Threads and errors as there."""
+    """Zeros and discards by way of a writer. Threads and errors as there.
 
-    def __init__(self, writer: Writer) -> None:
+    With `no_unref`, what is discarded keeps its cluster, so that the image's file is not fragmented by what is written
+    there later (QEMU's discard-no-unref). Only data that no snapshot shares goes back to the file system then: QEMU 10
+    takes that of the snapshots away as well.
+    """
+
+    def __init__(self, writer: Writer, *, no_unref: bool = False) -> None:
         header = writer.metadata.header
+        if no_unref and header.version < 3:
+            filename = writer.metadata.file.filename
+            raise InvalidOption(f"{filename}: discard-no-unref is only supported since qcow2 version 3")
+        self._no_unref = no_unref
         self._writer = writer
         self._version = header.version
         self._unit = header.subcluster_size
@@ -125,6 +134,8 @@ class Zeroing:
                 writer.data_file.pwrite_zeroes(start, end - start, may_unmap=punch)
             elif writer.has_data_file and punch and start < writer.data_file.size:
                 writer.data_file.pdiscard(start, min(end, writer.data_file.size) - start)
+            elif punch and self._no_unref:
+                self._punch_kept(index, start, end)
         except BaseException:
             with lock:
                 in_flight.end(under_way)
@@ -134,6 +145,40 @@ class Zeroing:
                 self._change_entries(index, start, end, punch=punch)
             finally:
                 in_flight.end(under_way)
+
+    def _punch_kept(self, index: int, start: int, end: int) -> None:
+        """Give back the space of clusters that stay ours. While they are in flight: who writes there later keeps it."""
+        writer = self._writer
+        with writer.metadata.lock:
+            runs = self._kept(index, start, end)
+        for host, length in runs:
+            length = min(length, writer.data_file.size - host)
+            if length > 0:
+                writer.data_file.pdiscard(host, length)
+
+    def _kept(self, index: int, start: int, end: int) -> list[tuple[int, int]]:
+        """Locked. Host offset and length of clusters with data that are discarded whole and that no snapshot has."""
+        writer, tables = self._writer, self._writer.metadata.tables
+        table, words, size = tables.table(index), writer.format.words, writer.cluster_size
+        if table is None or not tables.l1[index] & COPIED:
+            return []
+        base = index * writer.coverage
+        first, last = (start - base) // size, (end - 1 - base) // size + 1
+        writer.check_entries(table, first, last)
+        runs: list[tuple[int, int]] = []
+        for slot in range(first, last):
+            entry, cluster = table.entries[slot * words], base + slot * size
+            is_whole = start <= cluster and (end >= cluster + size or end == writer.view.size)
+            is_zero = table.entries[slot * 2 + 1] == ALL_ZEROES if words == 2 else entry & ZERO
+            if is_zero or not is_whole or entry & (COPIED | COMPRESSED) != COPIED:
+                continue
+            host = entry & OFFSET
+            writer.check_overlap(host, size)
+            if runs and sum(runs[-1]) == host:
+                runs[-1] = runs[-1][0], runs[-1][1] + size
+            else:
+                runs.append((host, size))
+        return runs
 
     def _change_entries(self, index: int, start: int, end: int, *, punch: bool) -> None:
         """Locked."""
@@ -174,7 +219,7 @@ class Zeroing:
             return array("Q", [ZERO if self._has_backing and self._version >= 3 else 0]), False
         if kind is Kind.ZERO_PLAIN or (kind is Kind.ZERO_ALLOC and not punch):
             return array("Q", [entry]), False
-        if punch or entry & COMPRESSED:
+        if entry & COMPRESSED or (punch and not self._no_unref):
             return array("Q", [ZERO if self._version >= 3 else 0]), True
         return array("Q", [entry | ZERO]), False
 
@@ -186,7 +231,7 @@ class Zeroing:
         if kind is Kind.UNALLOCATED and not self._has_backing:
             return array("Q", [entry, bitmap]), False
         if is_whole:
-            if punch or entry & COMPRESSED:
+            if entry & COMPRESSED or (punch and not self._no_unref):
                 return array("Q", [0, ALL_ZEROES]), kind is not Kind.UNALLOCATED
             return array("Q", [entry, ALL_ZEROES]), False
         bits = subclusters(start // self._unit, -(-min(end, self._writer.cluster_size) // self._unit))
