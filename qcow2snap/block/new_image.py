@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from qcow2snap.block.file import FileNode
 from qcow2snap.block.graph import OpenOptions, open_image, open_raw
 from qcow2snap.block.node import FileError, ImageInUse
-from qcow2snap.block.output import OutputFile
+from qcow2snap.block.output import OutputFile, in_one_go
 from qcow2snap.block.qcow2.creating.create_options import CreateOptions, InvalidOption, made
 from qcow2snap.block.writable_file import WritableFileNode
 
@@ -43,6 +43,8 @@ def create_image(
             create(output.fd, chosen, data_fd, in_place=not output.reads_as_zeros)
         except OSError as error:
             raise FileError(f"{filename}: {error.strerror}; nothing was left there") from None
+        with in_one_go:
+            stack.close()
     return chosen
 
 

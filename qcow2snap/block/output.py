@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -20,6 +21,22 @@ def is_stream(filename: str) -> bool:
     except (OSError, ValueError):
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
+
+
+_PATIENCE = 0.5  # seconds that a file system may take for a name
+
+# Held while temporary files are made, named as outputs, or taken away. To hold it around the ends of several outputs
+# makes all of them appear, or none, should a signal end the process.
+in_one_go = threading.RLock()
+_unfinished: set[str] = set()
+
+
+def discard_unfinished() -> None:
+    """Take away all that is half written, and let no output appear from now on: for who ends the process next."""
+    in_one_go.acquire(timeout=_PATIENCE)  # and never let go
+    for temporary in list(_unfinished):
+        with suppress(OSError):
+            os.unlink(temporary)
 
 
 class OutputFile:
@@ -82,7 +99,9 @@ class OutputFile:
         # Through a link to where it points, so that the link stays one.
         self._target = os.path.realpath(self.filename)
         self._temporary = os.path.join(os.path.dirname(self._target), f".qcow2snap-{secrets.token_hex(8)}.part")
-        self.fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with in_one_go:
+            self.fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            _unfinished.add(self._temporary)
         os.ftruncate(self.fd, self._size)
 
     def __exit__(
@@ -102,6 +121,11 @@ class OutputFile:
         os.close(self.fd)
 
     def _put_in_place(self, temporary: str) -> None:
+        with in_one_go:
+            self._name(temporary)
+            _unfinished.discard(temporary)
+
+    def _name(self, temporary: str) -> None:
         if self._force:
             os.rename(temporary, self._target)
             return
@@ -116,7 +140,8 @@ class OutputFile:
 
     def _discard(self) -> None:
         if self._temporary is not None:
-            with suppress(OSError):
+            with in_one_go, suppress(OSError):
+                _unfinished.discard(self._temporary)
                 os.unlink(self._temporary)
         with suppress(OSError, AttributeError):
             os.close(self.fd)

@@ -7,8 +7,10 @@ import errno
 import gc
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import click
 
@@ -86,6 +88,7 @@ def cli() -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 could not (one line on stderr), 2 usage; 128 + N for signal N."""
+    _let_interrupts_end()
     words = [*(sys.argv[1:] if args is None else args)]
     could_not = _COULD_NOT.get(words[0], 1) if words else 1
     if sys.stdout is None:  # the shell's >&-: the image would be opened in its place, and printed to
@@ -115,6 +118,13 @@ def main(args: Sequence[str] | None = None) -> None:
         _fail(f"{name}{error.strerror or error}", could_not)
     except MemoryError:
         _fail("not enough memory", could_not)
+
+
+def _let_interrupts_end() -> None:
+    """^C ends us as it ends other programs: Python's exception would wait for who reads our output, or for a lock."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not so if it is switched off
+        with suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _fail(message: str, exit_code: int) -> None:

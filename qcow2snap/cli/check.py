@@ -14,6 +14,7 @@ from qcow2snap.block.qcow2.rules import RULES
 from qcow2snap.block.snapshot_ref import find, json_text
 from qcow2snap.cli import options
 from qcow2snap.cli.progress import ProgressBar
+from qcow2snap.cli.signals import ended_by_signals
 
 if TYPE_CHECKING:
     from qcow2snap.conformance.check import Report
@@ -66,7 +67,7 @@ def _check(
 
     file = FileNode(image, locking=Locking.NONE if force_share else Locking.DATA)
     try:
-        with ProgressBar("check", 0) as bar:
+        with ended_by_signals(), ProgressBar("check", 0) as bar:
             report = check(file, Options(quick, deep, bar.expect, bar.advance))
     except ImageFormatError as error:
         error.filename = image

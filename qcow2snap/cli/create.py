@@ -7,7 +7,7 @@ import click
 from qcow2snap.block.new_image import create_image
 from qcow2snap.block.qcow2.creating.create_options import InvalidOption, split_options
 from qcow2snap.cli import options
-from qcow2snap.cli.terminable import terminable
+from qcow2snap.cli.signals import ended_by_signals
 
 
 @click.command("create")
@@ -47,7 +47,7 @@ def command(
         chosen["backing_file"] = backing
     if backing_format is not None:
         chosen["backing_fmt"] = backing_format
-    with terminable():
+    with ended_by_signals():
         created = create_image(image, size, chosen, force=force, unsafe_backing=unsafe)
     if not quiet:
         print(f"Formatting '{image}', fmt={image_format} {created}")

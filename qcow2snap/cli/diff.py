@@ -13,6 +13,7 @@ from qcow2snap.block.qcow2.driver import Qcow2Node
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
 from qcow2snap.cli import options, text
 from qcow2snap.cli.progress import ProgressBar
+from qcow2snap.cli.signals import ended_by_signals
 
 
 @click.command("diff")
@@ -47,7 +48,7 @@ def command(
     length = options.length_within(size, start_offset, max_length)
     changes = disk.changes(*snapshots, start_offset, length)
     to_read = sum(extent.length for extent in disk.changes(*snapshots, start_offset, length)) if verify else 0
-    with ProgressBar("diff", to_read, wanted=verify and not sys.stdout.isatty()) as bar:
+    with ended_by_signals(), ProgressBar("diff", to_read, wanted=verify and not sys.stdout.isatty()) as bar:
         extents = _Counted(_verified(disk, changes, older, newer, bar) if verify else changes)
         sys.stdout.writelines(text.json_array(_json(extents)) if as_json else _human(extents))
     disk.close()

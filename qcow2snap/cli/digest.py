@@ -16,6 +16,7 @@ from qcow2snap.block.qcow2.driver import Qcow2Node
 from qcow2snap.block.snapshot_ref import shown
 from qcow2snap.cli import options, text
 from qcow2snap.cli.progress import ProgressBar
+from qcow2snap.cli.signals import ended_by_signals
 from qcow2snap.forensics.digest import DEFAULT_ALGORITHMS, Subject, digests, manifest, new_hasher, read_manifest
 
 
@@ -64,7 +65,7 @@ def command(
     content = manifest(image, names, entries)
     text_of_manifest = json.dumps(content, indent=4) + "\n"
     if output is not None:
-        with output:
+        with ended_by_signals(), output:
             os.write(output.fd, text_of_manifest.encode())
     elif out is not None:
         with open(out, "w", encoding="utf-8") as stream:
@@ -94,7 +95,7 @@ def _subjects(disk: Qcow2Node, refs: Sequence[str], active: bool) -> list[Subjec
 
 
 def _entries(subjects: Sequence[Subject], algorithms: Sequence[str]) -> list[dict[str, Any]]:
-    with ProgressBar("digest", sum(subject.view.size for subject in subjects)) as bar:
+    with ended_by_signals(), ProgressBar("digest", sum(subject.view.size for subject in subjects)) as bar:
         results = digests(subjects, algorithms, bar.advance)
     return [{**subject.entry, "digests": result} for subject, result in zip(subjects, results, strict=True)]
 

@@ -15,10 +15,10 @@ import click
 from qcow2snap.block.file import FileNode
 from qcow2snap.block.graph import OpenOptions, files_of
 from qcow2snap.block.node import BlockNode, FileError, ImageFormatError, OutOfRange
-from qcow2snap.block.output import OutputFile, is_stream
+from qcow2snap.block.output import OutputFile, in_one_go, is_stream
 from qcow2snap.cli import options
 from qcow2snap.cli.progress import ProgressBar
-from qcow2snap.cli.terminable import terminable
+from qcow2snap.cli.signals import ended_by_signals
 from qcow2snap.forensics.copy import copy_sparse, copy_stream
 from qcow2snap.forensics.salvage import Hole
 
@@ -77,7 +77,7 @@ def command(
     length = node.size - start if length is None else length
     part = _Part(node, start, length, skip_damaged)
     try:
-        with terminable(), ProgressBar(f"extract {os.path.basename(image)}", length) as bar:
+        with ended_by_signals(), ProgressBar(f"extract {os.path.basename(image)}", length) as bar:
             if output_format == "qcow2":
                 inputs = files_of(disk)
                 _to_qcow2(part, out, create_options, compress=compress, force=force, inputs=inputs, bar=bar)
@@ -142,32 +142,34 @@ def _to_qcow2(
             f"qcow2snap: {out}: QEMU reads whole sectors, and so not its last {part.length % 512} bytes",
             file=sys.stderr,
         )
-    with ExitStack() as stack:
-        output = image_output(out, chosen, force=force, inputs=inputs)
-        data = None
-        if chosen.data_file is not None:
-            data = stack.enter_context(data_output(out, chosen.data_file, force=force, inputs=inputs))
+    output = image_output(out, chosen, force=force, inputs=inputs)
+    data = None
+    if chosen.data_file is not None:
+        data = data_output(out, chosen.data_file, force=force, inputs=inputs)
 
-        def copy() -> list[Hole]:
-            target = Target(chosen, output.fd, data.fd if data else None, in_place=not output.reads_as_zeros)
-            skip_damaged = part.skip_damaged
-            return copy_qcow2(
-                part.node,
-                part.start,
-                part.length,
-                target,
-                compress=compress,
-                skip_damaged=skip_damaged,
-                progress=bar.advance,
-            )
+    def copy() -> list[Hole]:
+        target = Target(chosen, output.fd, data.fd if data else None, in_place=not output.reads_as_zeros)
+        return copy_qcow2(
+            part.node,
+            part.start,
+            part.length,
+            target,
+            compress=compress,
+            skip_damaged=part.skip_damaged,
+            progress=bar.advance,
+        )
 
-        _with_holes(part, output, copy)
+    _with_holes(part, output, copy, data=data)
 
 
-def _with_holes(part: _Part, output: OutputFile, copy: Callable[[], list[Hole]]) -> None:
-    """A file that appears when it is whole; its list of holes, where one is wanted, appears before it."""
+def _with_holes(
+    part: _Part, output: OutputFile, copy: Callable[[], list[Hole]], *, data: OutputFile | None = None
+) -> None:
+    """A file that appears when it is whole, after its data file, and its list of holes, where one is wanted."""
     with ExitStack() as stack:
         stack.enter_context(output)
+        if data is not None:
+            stack.enter_context(data)
         holes_file = stack.enter_context(output.beside(".holes.json")) if part.skip_damaged else None
         try:
             holes = copy()
@@ -176,6 +178,8 @@ def _with_holes(part: _Part, output: OutputFile, copy: Callable[[], list[Hole]])
                 os.write(holes_file.fd, text.encode("utf-8", "backslashreplace"))
         except OSError as error:
             raise FileError(f"{output.filename}: {error.strerror}; nothing was left there") from None
+        with in_one_go:
+            stack.close()
     _tell_sum(holes)
 
 

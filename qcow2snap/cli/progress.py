@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from contextlib import suppress
 from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -12,6 +14,14 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _PATIENCE = 1.0  # seconds
+_shown: set[ProgressBar] = set()
+
+
+def show_cursor() -> None:
+    """As it was before a bar hid it: for who ends the process next, from any thread."""
+    if _shown:
+        with suppress(OSError):
+            os.write(2, b"\x1b[?25h\n")
 
 
 class ProgressBar:
@@ -59,6 +69,7 @@ class ProgressBar:
             TimeRemainingColumn(),
         )
         progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        _shown.add(self)
         progress.start()
         return progress, progress.add_task(self._what, total=self._total)
 
@@ -70,3 +81,4 @@ class ProgressBar:
     ) -> None:
         if self._bar is not None:
             self._bar[0].stop()
+            _shown.discard(self)

@@ -1,4 +1,4 @@
-"""What commands do about signals if they write files or run others: end, and leave nothing behind."""
+"""What a command does about signals if it runs others: end them, then itself. Of its own files see signals.py."""
 
 from __future__ import annotations
 
@@ -6,17 +6,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Signals as an exception, so that what is half written is taken away. One switched off, as by nohup, stays off."""
-
-    def leave(signum: int, _frame: object) -> None:
-        sys.exit(128 + signum)
-
-    with _handled(leave):
-        yield
 
 
 @contextmanager
@@ -32,21 +21,15 @@ def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
         heard.append(signum)
         stop()
 
-    with _handled(note):
-        yield
-    if heard:
-        sys.exit(128 + heard[0])
-
-
-@contextmanager
-def _handled(handler: Callable[[int, object], None]) -> Iterator[None]:
     wanted = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
     previous = {number: signal.getsignal(number) for number in wanted}
-    taken = [number for number in wanted if previous[number] is not signal.SIG_IGN]
+    taken = [number for number in wanted if previous[number] is not signal.SIG_IGN]  # switched off, as by nohup: stays
     for number in taken:
-        signal.signal(number, handler)
+        signal.signal(number, note)
     try:
         yield
     finally:
         for number in taken:
             signal.signal(number, previous[number])
+    if heard:
+        sys.exit(128 + heard[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,11 +45,14 @@ def here(*args: Argument) -> Result:
     """Our command line within this process, for comparisons of which there are many."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", newline="\n") for _ in range(2))
     code = 0
+    previous = signal.getsignal(signal.SIGINT)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main([os.fsdecode(argument) for argument in args])
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
+        finally:
+            signal.signal(signal.SIGINT, previous)  # which is ^C for pytest
     return Result(_text(out), _text(err), code)
 
 

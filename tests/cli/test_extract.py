@@ -289,11 +289,12 @@ def blocks(directory: Path) -> int:
 
 
 EARLY_SIGNAL = """
-import os, signal, sys
+import os, sys, time
 from qcow2snap.cli import main
 ftruncate = os.ftruncate
 def interrupted(*args):
-    signal.raise_signal(int(sys.argv[1]))
+    os.kill(os.getpid(), int(sys.argv[1]))
+    time.sleep(1)
     ftruncate(*args)
 os.ftruncate = interrupted
 main(sys.argv[2:])

@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 import qcow2snap
 from qcow2snap.conformance import usage as usage_module
 from qcow2snap.conformance.usage import ImageUsage, Usage
+from tests.cli.support import here
 from tests.conformance.refcounts import refcounts
 from tests.conftest import NewImage
-from tests.differential.judge import cli, reverted
+from tests.differential.judge import reverted
 from tests.differential.test_random_images import Plan, plans
 from tests.support import Library, Result, copy_with_holes, qemu_img, read_table
 from tests.support.table import cluster_size, field, patch
@@ -180,7 +181,7 @@ def test_clusters_too_far_apart_to_be_counted_are_an_error(
     path = copy_with_holes(library.path("sound"), tmp_path / "wide.qcow2")
     monkeypatch.setattr(usage_module, "_MAX_WINDOWS", 4)
     monkeypatch.setattr(usage_module, "_WINDOW", 5)
-    result = cli("list", "--usage", path)
+    result = here("list", "--usage", path)
     assert (result.returncode, result.stdout) == (1, "")
     assert "too far apart" in result.stderr
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qcow2snap.block.qcow2.rules import RULES
-from tests.differential.judge import cli
+from tests.cli.support import here
 from tests.support import require
 
 SECONDS = 30  # that a check of any image of a few hundred KiB may take
@@ -82,7 +82,7 @@ def _run(command: list[str], directory: Path) -> subprocess.CompletedProcess[byt
 
 def by_us(path: Path) -> Verdict:
     """`qcow2snap check`, in this process."""
-    done = cli("check", "--json", path)
+    done = here("check", "--json", path)
     assert done.returncode in STATES, f"{path.name}: qcow2snap ended with {done.returncode}: {done.stderr}"
     fields: dict[str, Any] = json.loads(done.stdout) if done.stdout else {}
     found: dict[tuple[str, bool], tuple[int, int]] = {}

@@ -13,29 +13,18 @@ from pathlib import Path
 import qcow2snap
 from qcow2snap.block.node import Change, ChangedExtent, Status
 from qcow2snap.block.snapshot_access import SnapshotAccessNode
-from qcow2snap.cli import main
 from qcow2snap.forensics.diff import verified
-from tests.support import Content, Image, Reference, Result, copy_with_holes, qemu_img, qemu_info, qemu_map, read_table
+from tests.cli.support import here
+from tests.support import Content, Image, Reference, copy_with_holes, qemu_img, qemu_info, qemu_map, read_table
 
 QEMU_NAME_LIMIT = 255  # bytes; qemu-img cuts longer names and ids
 SECTOR = 512
 PIECE = 1 << 20
 
 
-def cli(*args: str | Path) -> Result:
-    """Our command line, in this process, since starting one for each comparison would take most of the time."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main([str(argument) for argument in args])
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-    return Result(out.getvalue(), err.getvalue(), code)
-
-
 def lists_agree(path: Path) -> None:
     """`list --json` is `snapshots` of `qemu-img info`, with the disk size of the table added."""
-    ours = cli("list", "--json", path).json()
+    ours = here("list", "--json", path).json()
     theirs = qemu_info(path).get("snapshots", [])
     table = read_table(path)
     assert len(ours) == len(theirs) == len(table)
@@ -50,7 +39,7 @@ def lists_agree(path: Path) -> None:
 
 def maps_agree(path: Path, ref: str | None = None, *, judged_by: Path | None = None) -> None:
     """`map --json` is that of qemu-img: of the active disk, or of a snapshot by way of a copy reverted to it."""
-    ours = cli("map", "--json", *(["-s", ref] if ref else []), path).json()
+    ours = here("map", "--json", *(["-s", ref] if ref else []), path).json()
     # QEMU drops the part of a sector at the end of a disk, and says of an empty disk that it is one empty entry.
     theirs = [entry for entry in qemu_map(judged_by or path) if entry["length"]]
     if ours:
@@ -109,7 +98,7 @@ def image_holds(image: Image) -> None:
 
 def digests_agree(path: Path, expected: Sequence[Content | Reference]) -> None:
     """`digest --json` of all: the active disk, then the snapshots in the order of the table."""
-    entries = cli("digest", "--json", path).json()["entries"]
+    entries = here("digest", "--json", path).json()["entries"]
     assert [(entry["size"], entry["digests"]) for entry in entries] == [
         (disk.size, {"sha256": disk.sha256, "crc32c": disk.crc32c}) for disk in expected
     ]
@@ -118,7 +107,7 @@ def digests_agree(path: Path, expected: Sequence[Content | Reference]) -> None:
 def extracts_agree(path: Path, disks: Sequence[tuple[str | None, Content | Reference]], raw: Path) -> None:
     """`extract` of each reference (None: the active disk) writes the content and its size."""
     for ref, expected in disks:
-        result = cli("extract", "--force", *([] if ref is None else ["-s", ref]), path, raw)
+        result = here("extract", "--force", *([] if ref is None else ["-s", ref]), path, raw)
         assert result.returncode == 0, result.stderr
         written = Reference(raw)
         assert (written.size, written.sha256) == (expected.size, expected.sha256)

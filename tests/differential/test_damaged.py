@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import qcow2snap
+from tests.cli.support import here
 from tests.differential import judge
 from tests.support import Content, DamagedImage, Library
 
@@ -53,7 +54,7 @@ def test_what_is_damaged_fails_and_never_reads_as_something_else(damage: Damaged
 def test_a_command_answers_or_says_in_one_line_why_not(
     damage: DamagedImage, command: tuple[str, ...], library: Library
 ) -> None:
-    result = judge.cli(*command, library.path(damage.name))
+    result = here(*command, library.path(damage.name))
     if result.returncode != 0:
         assert result.returncode == 1
         assert result.stderr.startswith("qcow2snap: ")
@@ -62,7 +63,7 @@ def test_a_command_answers_or_says_in_one_line_why_not(
 
 @pytest.mark.parametrize("damage", [d for d in LIBRARY.damaged.values() if d.name.startswith("backing-")], ids=str)
 def test_list_does_not_follow_references(damage: DamagedImage, library: Library) -> None:
-    listed = judge.cli("list", "--json", library.path(damage.name)).json()
+    listed = here("list", "--json", library.path(damage.name)).json()
     assert [snapshot["id"] for snapshot in listed] == ["1", "2"]
 
 
@@ -90,12 +91,12 @@ def test_all_of_them_together_stay_small(library: Library) -> None:
     paths = [str(library.path(name)) for name in library.damaged]
     program = """
 import sys
-from tests.differential.judge import cli
+from tests.cli.support import here
 from tests.support.memory import memory_limit
 with memory_limit(int(sys.argv[1])):
     for path in sys.argv[2:]:
         for command in ("list", "info", "map"):
-            cli(command, path)
+            here(command, path)
 """
     command = [sys.executable, "-c", program, str(MEBIBYTES << 20), *paths]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import qcow2snap
+from tests.cli.support import here
 from tests.differential import judge
 from tests.support import FixtureImage, Library, read_table
 
@@ -101,12 +102,12 @@ def test_encrypted_content_is_refused_and_nothing_else_is(image: FixtureImage, l
     path = library.path(image.name)
     with qcow2snap.open(path) as opened, pytest.raises(qcow2snap.UnsupportedFeature):
         opened.snapshots[0].open().read(1)
-    assert judge.cli("info", path).returncode == 0
+    assert here("info", path).returncode == 0
 
 
 @pytest.mark.parametrize("image", [image for image in LIBRARY.images.values() if image.others], ids=str)
 def test_list_needs_no_other_file(image: FixtureImage, library: Library, tmp_path: Path) -> None:
     alone = tmp_path / image.file
     alone.write_bytes(library.path(image.name).read_bytes())
-    listed = judge.cli("list", "--json", alone).json()
+    listed = here("list", "--json", alone).json()
     assert [snapshot["id"].encode() for snapshot in listed] == [entry.id for entry in read_table(alone)]

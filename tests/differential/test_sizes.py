@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import qcow2snap
+from tests.cli.support import here
 from tests.conftest import NewImage
 from tests.differential import judge
 from tests.support import Image, Reference, qemu_img, read_table
@@ -148,7 +149,7 @@ def test_a_cut_snapshot_table_gives_the_entries_that_are_left(new_image: NewImag
     with qcow2snap.open(image.path) as opened:
         assert [snapshot.name for snapshot in opened.snapshots] == ["first"]
         judge.disk_holds(opened.snapshot("first"), first)
-    result = judge.cli("list", image.path)
+    result = here("list", image.path)
     assert (result.returncode, "first" in result.stdout) == (1, True)
 
 
@@ -157,7 +158,7 @@ def test_a_damaged_image_is_not_written(new_image: NewImage) -> None:
     image, first = cut_before_table(new_image)
     before = image.path.read_bytes(), image.path.stat().st_mtime_ns
     for command in (["list"], ["info"], ["map"], ["map", "-s", "first"]):
-        judge.cli(*command, image.path)
+        here(*command, image.path)
     with qcow2snap.open(image.path) as opened:
         judge.disk_holds(opened.snapshot("first"), first)
     assert (image.path.read_bytes(), image.path.stat().st_mtime_ns) == before
