@@ -117,10 +117,11 @@ def command(
         with ExitStack() as opened:
             opened.callback(disk_node.close)
             frozen = dirty.read(wanted, disk_node)
+            kept = remote(target) if is_uri(target) else target
             opened.pop_all()  # the fleecing's from here on
         fleecing = Fleecing(
             disk_node,
-            remote(target) if is_uri(target) else target,
+            kept,
             force=force,
             bitmap=dirty.union(frozen.values()) if frozen else None,
             on_cbw_error=OnCbwError(on_cbw_error),
