@@ -91,7 +91,8 @@ def main(args: Sequence[str] | None = None) -> None:
     _let_interrupts_end()
     words = [*(sys.argv[1:] if args is None else args)]
     could_not = _COULD_NOT.get(words[0], 1) if words else 1
-    if sys.stdout is None:  # the shell's >&-: the image would be opened in its place, and printed to
+    _occupy_standard_descriptors()
+    if sys.stdout is None:
         _fail("standard output is closed", could_not)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name gets it escaped
@@ -125,6 +126,20 @@ def _let_interrupts_end() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not so if it is switched off
         with suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _occupy_standard_descriptors() -> None:
+    """Let those that are closed, as by the shell's 2>&-, lead nowhere.
+
+    Files that are opened later would get their numbers: what is logged would be written into an image.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for all that follows
 
 
 def _fail(message: str, exit_code: int) -> None:

@@ -330,6 +330,14 @@ def test_a_full_disk_behind_standard_output_is_told(library: Library, command: s
         assert "No space left" in complaint(finish(start(command, library.path("demo"), stdout=full)))
 
 
+def test_what_is_said_on_a_closed_standard_error_is_not_among_the_output(library: Library) -> None:
+    """As the shell's `2>&-` does it."""
+    silent = (require("sh"), "-c", '"$@" 2>&-', "sh")
+    result = finish(start("map", "--json", library.path("corrupt"), before=silent))  # with a warning
+    assert isinstance(result.json(), list)
+    assert finish(start("list", "missing", before=silent)).stdout == ""
+
+
 @pytest.mark.parametrize("command", ["list", "info", "map", "digest"])
 def test_a_closed_standard_output_gives_no_traceback(library: Library, command: str) -> None:
     """As the shell's `>&-` does it."""
