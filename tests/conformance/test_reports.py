@@ -12,8 +12,8 @@ from xml.etree import ElementTree
 import pytest
 
 from qcow2snap.block.qcow2.rules import RULES
+from tests.cli.support import here
 from tests.conformance.broken import BREAKS, Break
-from tests.differential.judge import cli
 
 # Several faults at once, names that are no text, offsets of all sizes, and what cannot be checked at all.
 CASES = ["HDR-003", "HDR-008", "L1-002", "SNAP-010", "SNAP-001", "REF-001", "REF-007", "HDR-017"]
@@ -25,12 +25,12 @@ def image(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def fields(image: Path) -> Any:
-    return json.loads(cli("check", "--json", image).stdout)
+    return json.loads(here("check", "--json", image).stdout)
 
 
 def test_sarif_has_a_result_for_each_finding(image: Path) -> None:
     """What the schema of SARIF 2.1.0 requires of the objects that are used, and that what they refer to is there."""
-    log, told = json.loads(cli("check", "--format=sarif", image).stdout), fields(image)
+    log, told = json.loads(here("check", "--format=sarif", image).stdout), fields(image)
     assert log["version"] == "2.1.0"
     (run,) = log["runs"]
     driver, (artifact,), (invocation,) = run["tool"]["driver"], run["artifacts"], run["invocations"]
@@ -52,7 +52,7 @@ def test_sarif_has_a_result_for_each_finding(image: Path) -> None:
 
 
 def test_junit_has_a_case_for_each_rule(image: Path) -> None:
-    root, told = ElementTree.fromstring(cli("check", "--format=junit", image).stdout), fields(image)
+    root, told = ElementTree.fromstring(here("check", "--format=junit", image).stdout), fields(image)
     (suite,) = root
     cases = {case.get("name"): case for case in suite}
     assert [case.get("name") for case in suite] == [rule.id for rule in RULES]
@@ -68,7 +68,7 @@ def test_junit_has_a_case_for_each_rule(image: Path) -> None:
 
 @pytest.mark.parametrize("form", ["text", "json", "sarif", "junit"])
 def test_a_report_is_the_same_each_time(image: Path, form: str) -> None:
-    first, second = (cli("check", f"--format={form}", image) for _ in range(2))
+    first, second = (here("check", f"--format={form}", image) for _ in range(2))
     assert first == second
     assert first.stdout
 
