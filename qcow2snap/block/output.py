@@ -102,7 +102,8 @@ class OutputFile:
         with in_one_go:
             self.fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             _unfinished.add(self._temporary)
-        os.ftruncate(self.fd, self._size)
+        if self._size:  # ext4 writes a file that was ever truncated to nothing to the disk when it is closed, and waits
+            os.ftruncate(self.fd, self._size)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
