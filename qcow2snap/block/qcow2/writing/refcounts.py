@@ -10,6 +10,7 @@ import logging
 from array import array
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,11 +127,16 @@ class Refcounts:
     def many(self, clusters: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """The refcounts of clusters in ascending order."""
         result = np.zeros(len(clusters), dtype=np.uint64)
-        for index, part in self._by_block(clusters):
+        for index, part in self.by_block(clusters):
             block = self._block(index)
             if block is not None:
-                result[part] = block.view[(clusters[part] % np.uint64(self.per_block)).astype(np.int64)]
+                result[part] = block.view[self.places(clusters[part], index)]
         return result
+
+    def of_block(self, index: int) -> NDArray[Any]:
+        """All refcounts of a block, as wide as they are in memory. Not to be changed."""
+        block = self._block(index)
+        return np.zeros(self.per_block, dtype=np.uint8) if block is None else block.view
 
     def add(self, first: int, count: int, addend: int) -> None:
         """Change the refcounts of `count` clusters from `first` on."""
@@ -158,9 +164,9 @@ class Refcounts:
             return
         if (addends > 0).any():
             self._check_room(clusters, addends)
-        for index, part in self._by_block(clusters):
+        for index, part in self.by_block(clusters):
             block = self._block(index) or self._make_block(index)
-            places = (clusters[part] % np.uint64(self.per_block)).astype(np.int64)
+            places = self.places(clusters[part], index)
             self._add(block, places, addends[part])
             block.touch(int(places[0]), int(places[-1]) + 1)
             self._dirty.add(index)
@@ -191,11 +197,22 @@ class Refcounts:
             f"{self._file.filename}: a cluster would be shared more often than a refcount of {bits} bits can say"
         )
 
-    def _by_block(self, clusters: NDArray[np.uint64]) -> list[tuple[int, slice]]:
-        """Index of each block, and which of the clusters are in it."""
+    def by_block(self, clusters: NDArray[np.uint64]) -> list[tuple[int, slice]]:
+        """Index of each block, and which of the clusters, in ascending order, are in it."""
+        if not len(clusters):
+            return []
+        only = int(clusters[0]) // self.per_block
+        if (
+            int(clusters[-1]) // self.per_block == only
+        ):  # most often: divisions of all of them take longer than the rest
+            return [(only, slice(0, len(clusters)))]
         indices = (clusters // np.uint64(self.per_block)).astype(np.int64)
         breaks = [0, *(np.flatnonzero(np.diff(indices)) + 1).tolist(), len(clusters)]
-        return [(int(indices[a]), slice(a, b)) for a, b in pairwise(breaks) if a < b]
+        return [(int(indices[a]), slice(a, b)) for a, b in pairwise(breaks)]
+
+    def places(self, clusters: NDArray[np.uint64], index: int) -> NDArray[np.int64]:
+        """Where in a block, in which they all are, the refcounts of clusters stand."""
+        return clusters.astype(np.int64) - index * self.per_block
 
     # -- allocation ---------------------------------------------------------------------------------------------------
 

@@ -60,13 +60,10 @@ class Shadow:
 
     def add(self, clusters: Clusters, addends: Addends) -> None:
         """Change the refcounts of clusters, in ascending order. One that becomes free is not used in the new state."""
-        bounds = np.flatnonzero(np.diff(clusters // np.uint64(self._per_block))) + 1
-        for part, counts in zip(np.split(clusters, bounds), np.split(addends, bounds), strict=True):
-            if not len(part):
-                continue
-            index = int(part[0]) // self._per_block
+        for index, chosen in self._refcounts.by_block(clusters):
+            part, counts = clusters[chosen], addends[chosen]
             block = self._block(index)
-            places = (part % np.uint64(self._per_block)).astype(np.int64)
+            places = self._refcounts.places(part, index)
             changed = block[places] + counts
             if (changed > self._refcounts.max).any():
                 raise NotSupported(
@@ -90,6 +87,10 @@ class Shadow:
         result = np.zeros(len(clusters), dtype=np.int64)
         if not len(clusters):
             return result
+        only = int(clusters.min()) // self._per_block
+        if only == int(clusters.max()) // self._per_block:
+            result[:] = self._block(only)[self._refcounts.places(clusters, only)]
+            return result
         indices = (clusters // np.uint64(self._per_block)).astype(np.int64)
         places = (clusters % np.uint64(self._per_block)).astype(np.int64)
         # np.unique would import numpy.ma, which takes longer than all of a snapshot.
@@ -102,9 +103,7 @@ class Shadow:
     def _block(self, index: int) -> Counts:
         block = self._blocks.get(index)
         if block is None:
-            first = index * self._per_block
-            described = np.arange(first, first + self._per_block, dtype=np.uint64)
-            block = self._blocks[index] = self._refcounts.many(described).astype(self._dtype)
+            block = self._blocks[index] = self._refcounts.of_block(index).astype(self._dtype)
         return block
 
     # -- what is new --------------------------------------------------------------------------------------------------

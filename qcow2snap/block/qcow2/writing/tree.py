@@ -95,8 +95,8 @@ def with_copied_flags(
     entries = result[:: header.l2_entry_size // 8]
     standard = (entries & np.uint64(COMPRESSED) == 0) & (entries & np.uint64(OFFSET) != 0)
     flag = np.uint64(COPIED)
-    entries[standard & (refcounts == 1)] |= flag
-    entries[standard & (refcounts != 1)] &= ~flag
+    entries &= ~(flag * standard)
+    entries |= flag * (standard & (refcounts == 1))
     return result
 
 
